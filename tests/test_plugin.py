@@ -1,0 +1,114 @@
+"""A killed worker must cost one node, not the run."""
+
+import os
+import time
+
+import pytest
+from nipype import Function, Node, Workflow
+from nipype.pipeline.plugins.multiproc import MultiProcPlugin
+
+from remix_bids.workflows.plugin import RemixMultiProcPlugin
+
+
+def kill_self(value):
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
+def leave(value):
+    import os
+
+    os._exit(3)
+    return value
+
+
+def slowly_double(value):
+    import time
+
+    time.sleep(1.5)
+    with open("../ran.txt", "a") as file:  # one letter per run of this node
+        file.write("x")
+    return 2 * value
+
+
+def negate(value):
+    return -value
+
+
+def fail(value):
+    raise ValueError("this node fails on purpose")
+
+
+def build(tmp_path, bad=kill_self):
+    workflow = Workflow("wf", base_dir=str(tmp_path / "work"))
+    workflow.config["execution"].update(
+        crashdump_dir=str(tmp_path / "crash"),
+        crashfile_format="txt",
+        poll_sleep_duration=0.1,
+        check_version=False,
+    )
+    dying = Node(Function(function=bad, output_names=["out"]), name="dying")
+    never = Node(Function(function=negate, output_names=["out"]), name="never")
+    good = Node(Function(function=slowly_double, output_names=["out"]), name="good")
+    after = Node(Function(function=negate, output_names=["out"]), name="after")
+    dying.inputs.value = good.inputs.value = 21
+    workflow.connect([(dying, never, [("out", "value")]), (good, after, [("out", "value")])])
+    return workflow
+
+
+def run(workflow, **plugin_args):
+    plugin = RemixMultiProcPlugin({"n_procs": 2, "n_gpu_procs": 0, "memory_gb": 4, **plugin_args})
+    start = time.monotonic()
+    try:
+        graph, error = workflow.run(plugin=plugin), None
+    except Exception as exc:
+        graph, error = None, exc
+    return plugin, graph, error, time.monotonic() - start
+
+
+@pytest.mark.parametrize(("bad", "how"), [(kill_self, "signal 9"), (leave, "exit status 3")])
+def test_killed_worker(tmp_path, bad, how):
+    plugin, _, error, seconds = run(build(tmp_path, bad))
+    assert seconds < 30  # the stock plugin never returns
+    assert error is not None
+    assert [node.name for node, _, _ in plugin.failures] == ["dying"]
+    (crash,) = (tmp_path / "crash").iterdir()
+    assert "crash-" in crash.name
+    assert "dying" in crash.name
+    assert how in crash.read_text()
+    # The other branch went to its end, and the node in flight beside the dying one ran once.
+    assert (tmp_path / "work/wf/after/result_after.pklz").exists()
+    assert (tmp_path / "work/wf/ran.txt").read_text() == "x"
+    assert not (tmp_path / "work/wf/never/result_never.pklz").exists()
+    assert (plugin.n_run, plugin.n_cached) == (2, 0)
+
+
+def test_rerun_is_cached(tmp_path):
+    first, _, error, _ = run(build(tmp_path, negate))
+    assert error is None
+    assert (first.n_run, first.n_cached) == (4, 0)
+    second, _, error, _ = run(build(tmp_path, negate), n_procs=1)
+    assert error is None
+    assert (second.n_run, second.n_cached) == (0, 4)
+    assert not second._idle  # nobody was started for nothing
+
+
+def test_failing_node_keeps_its_message(tmp_path):
+    plugin, _, error, _ = run(build(tmp_path, fail))
+    assert error is not None
+    ((_, crash_file, traceback),) = plugin.failures
+    assert os.path.exists(crash_file)
+    assert "this node fails on purpose" in traceback
+
+
+def test_fresh_workers_end_after_each_node(tmp_path):
+    plugin, _, error, _ = run(build(tmp_path, negate), fresh_workers=True)
+    assert error is None
+    assert plugin.n_run == 4
+
+
+def test_stock_plugin_is_the_base():
+    assert issubclass(RemixMultiProcPlugin, MultiProcPlugin)
