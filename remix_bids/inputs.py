@@ -1,0 +1,206 @@
+"""The T1w images of a BIDS dataset that a run works on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remix_bids.config import RunConfig
+from remix_bids.errors import InputImageError, NothingToDoError, UsageError
+from remix_bids.naming import DERIVATIVE, split_name
+
+LOGGER = logging.getLogger("remix_bids")
+OTHER_DATATYPES = "beh|dwi|eeg|emg|fmap|func|ieeg|meg|micr|motion|mrs|nirs|perf|pet"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One T1w image to work on."""
+
+    path: Path
+    subject: str
+    session: str | None
+    skull_stripped: bool | None  # what its sidecar says, if it says anything
+
+    @property
+    def label(self) -> str:
+        """The file's name without extension: what the user recognises."""
+        return self.path.name.partition(".")[0]
+
+
+def collect_scans(config: RunConfig, filters: dict[str, Any]) -> list[Scan]:
+    """Query the dataset.
+
+    Raises
+    ------
+    UsageError
+        Unknown labels or filter entities, or a dataset that cannot be read.
+    NothingToDoError
+        No T1w image is left; the message gives the query.
+    """
+    subjects = _subject_labels(config.bids_dir)
+    unknown = sorted(set(config.participant_label) - set(subjects))
+    if unknown:
+        raise UsageError(
+            f"--participant-label {' '.join(unknown)}: not in {config.bids_dir}, which has "
+            + (" ".join(subjects[:20]) + (" ..." if len(subjects) > 20 else "") or "no subject")
+        )
+    layout = _layout(config, subjects)
+    wanted = config.participant_label or tuple(subjects)
+    _check_sessions(config, wanted)
+    query: dict[str, Any] = {
+        "datatype": "anat",
+        "suffix": "T1w",
+        "extension": [".nii", ".nii.gz"],
+        "subject": list(config.participant_label) or None,
+        "session": list(config.session_label) or None,
+        **_translate(filters, layout),
+    }
+    query = {key: value for key, value in query.items() if value is not None}
+    try:
+        files = layout.get(**query)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"the query {_show(query)} cannot be run: {error}") from None
+    if config.participant_label:  # a filter file cannot widen the choice
+        files = [file for file in files if file.entities.get("subject") in wanted]
+    scans = []
+    for file in sorted(files, key=lambda f: f.path):
+        scan = _as_scan(file)
+        if scan is not None:
+            scans.append(scan)
+    if not scans:
+        raise NothingToDoError(f"no T1w image in {config.bids_dir} matches {_show(query)}")
+    return scans
+
+
+def _as_scan(file: Any) -> Scan | None:
+    path = Path(file.path)
+    try:
+        entities, _, _ = split_name(path)
+        if "sub" not in entities:
+            raise InputImageError(f"{path.name} names no subject")
+    except InputImageError as error:
+        LOGGER.warning("ignored %s: %s", path, error)
+        return None
+    derived = [key for key in DERIVATIVE if key in entities]
+    if derived:
+        LOGGER.warning("ignored %s: %s- marks it as processed, not acquired", path, derived[0])
+        return None
+    stripped = file.get_metadata().get("SkullStripped")
+    return Scan(
+        path=path,
+        subject=entities["sub"],
+        session=entities.get("ses"),
+        skull_stripped=stripped if isinstance(stripped, bool) else None,
+    )
+
+
+def _subject_labels(bids_dir: Path) -> list[str]:
+    try:
+        with os.scandir(bids_dir) as entries:
+            return sorted(e.name[4:] for e in entries if e.name.startswith("sub-") and e.is_dir())
+    except OSError as error:
+        raise UsageError(f"{bids_dir} cannot be read: {error}") from None
+
+
+def _check_sessions(config: RunConfig, subjects: tuple[str, ...]) -> None:
+    if not config.session_label:
+        return
+    known: set[str] = set()
+    for subject in subjects:
+        folder = config.bids_dir / f"sub-{subject}"
+        known.update(path.name[4:] for path in folder.glob("ses-*") if path.is_dir())
+    unknown = sorted(set(config.session_label) - known)
+    if unknown:
+        raise UsageError(
+            f"--session-label {' '.join(unknown)}: no such session; "
+            f"there is {' '.join(sorted(known)) or 'none'}"
+        )
+
+
+def _layout(config: RunConfig, subjects: list[str]) -> Any:
+    """A PyBIDS layout of what may be asked for: anatomical files of the chosen participants."""
+    from bids import BIDSLayout, BIDSLayoutIndexer
+
+    ignore: list[Any] = [
+        re.compile(r"^/(code|derivatives|models|sourcedata|stimuli)(/|$)"),
+        re.compile(r"/\.[^/]*(/|$)"),
+        re.compile(rf"/sub-[^/]+/(ses-[^/]+/)?({OTHER_DATATYPES})(/|$)"),
+    ]
+    if config.participant_label and config.bids_database_dir is None:
+        others = set(subjects) - set(config.participant_label)
+        # One pattern of thousands of names is slow; a set is looked up instead.
+        ignore.append(_OtherSubjects(others))
+    try:
+        return BIDSLayout(
+            config.bids_dir,
+            validate=False,
+            database_path=config.bids_database_dir,
+            indexer=BIDSLayoutIndexer(validate=False, ignore=[i for i in ignore if i]),
+        )
+    except Exception as error:  # PyBIDS raises many kinds for a dataset it cannot read
+        raise UsageError(
+            f"{config.bids_dir} cannot be read as a BIDS dataset: {type(error).__name__}: {error}"
+        ) from error
+
+
+class _OtherSubjects:
+    """Stands in for a compiled pattern: matches the folders of subjects not asked for."""
+
+    def __init__(self, labels: set[str]) -> None:
+        self._names = {f"sub-{label}" for label in labels}
+
+    def search(self, path: str) -> bool:
+        return path.lstrip("/").split("/")[0] in self._names
+
+
+def _translate(filters: dict[str, Any], layout: Any) -> dict[str, Any]:
+    """Filters as PyBIDS wants them; null and 'Query.NONE' mean absent, 'Query.ANY' present."""
+    from bids.layout import Query
+
+    special = {"Query.NONE": Query.NONE, "Query.ANY": Query.ANY, "Query.OPTIONAL": Query.OPTIONAL}
+    known = {*layout.get_entities(), "extension", "regex_search", "run", "session", "acquisition"}
+    unknown = sorted(set(filters) - known)
+    if unknown:
+        raise UsageError(
+            f"--bids-filter-file: unknown entity {', '.join(unknown)}; "
+            f"known: {', '.join(sorted(known))}"
+        )
+    out = {}
+    for key, value in filters.items():
+        if value is None:
+            value = Query.NONE
+        elif isinstance(value, str):
+            value = special.get(value.removeprefix("<").split(":")[0].rstrip(">"), value)
+        out[key] = value
+    return out
+
+
+def _show(query: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in query.items())
+
+
+def run_validator(config: RunConfig) -> str:
+    """Run bids-validator-deno where it is installed; return what it says ('' when all is well).
+
+    Its verdict is shown and logged and never stops a run: much useful data has small errors.
+    """
+    beside = Path(sys.executable).parent / "bids-validator-deno"
+    program = str(beside) if beside.is_file() else shutil.which("bids-validator-deno")
+    if config.skip_bids_validation or program is None:
+        return ""
+    command = [program, "--ignoreWarnings", "--ignoreNiftiHeaders", str(config.bids_dir)]
+    try:
+        done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
+            command, capture_output=True, text=True, check=False, timeout=1800
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"bids-validator-deno could not be run: {error}"
+    return "" if done.returncode == 0 else (done.stdout + done.stderr).strip()

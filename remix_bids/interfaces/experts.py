@@ -1,0 +1,159 @@
+"""Selecting an expert and running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    Str,
+    TraitedSpec,
+    traits,
+)
+
+NO_EXPERT = "none"
+FINE_ENOUGH = 1.05  # mm: with all sides at most this long there is nothing to gain at 1 mm
+
+
+class _SelectExpertInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="image on its native grid")
+    experts_table = File(exists=True, mandatory=True, desc="experts.toml")
+    expert = Str("auto", usedefault=True, desc="auto, 1 to 7, or general")
+    gate = traits.Enum("effective", "paper", usedefault=True)
+
+
+class _SelectExpertOutputSpec(TraitedSpec):
+    expert = Str(desc="1 to 7, general, or none where there is nothing to gain")
+    expert_file = File(exists=True)
+    expert_sha256 = Str()
+    voxel_size = traits.List(traits.Float, desc="mm")
+    voxel_volume = traits.Float(desc="mm3")
+    effective_voxel_volume = traits.Float(desc="mm3")
+    warnings = traits.List(Str)
+
+
+class SelectExpert(SimpleInterface):
+    """Let the gate choose the expert for one image."""
+
+    input_spec = _SelectExpertInputSpec
+    output_spec = _SelectExpertOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import nibabel as nb
+
+        from remix_bids.experts.registry import (
+            VOLUME_LIMIT,
+            effective_voxel_volume,
+            load_registry,
+            voxel_volume,
+        )
+
+        affine = nb.load(self.inputs.in_file).affine
+        sides = [float(s) for s in np.sqrt((affine[:3, :3] ** 2).sum(axis=0))]
+        plain, effective = voxel_volume(sides), effective_voxel_volume(sides)
+        self._results.update(
+            voxel_size=sides, voxel_volume=plain, effective_voxel_volume=effective, warnings=[]
+        )
+        warnings = self._results["warnings"]
+        asked = self.inputs.expert
+        if asked == "auto" and max(sides) <= FINE_ENOUGH:
+            self._results["expert"] = NO_EXPERT
+            warnings.append(
+                f"Expert: all voxel sides are at most {FINE_ENOUGH} mm, so nothing is to be gained "
+                "at 1 mm; the output is a resampled copy."
+            )
+            return runtime
+        registry = load_registry(Path(self.inputs.experts_table).parent)
+        volume = plain if self.inputs.gate == "paper" else effective
+        record = registry.select(volume) if asked == "auto" else registry[asked]
+        if effective > VOLUME_LIMIT:
+            warnings.append(
+                f"Expert: the effective voxel volume of {effective:g} mm3 is above "
+                f"{VOLUME_LIMIT} mm3, coarser than what any expert was trained for."
+            )
+        counted = [max(side, 1.0) for side in sides]
+        anisotropy = max(counted) / min(counted)
+        low, high = record.anisotropy
+        if not low - 0.01 <= anisotropy <= high + 0.01:
+            warnings.append(
+                f"Expert: the voxels' anisotropy of {anisotropy:.1f} is outside the {low:.1f} to "
+                f"{high:.1f} that expert {record.name} was trained for."
+            )
+        self._results.update(
+            expert=record.name,
+            expert_file=str(record.check()),
+            expert_sha256=record.sha256,
+        )
+        return runtime
+
+
+class _EnhanceInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="image on the working grid")
+    coverage = File(exists=True, mandatory=True)
+    phase = File(exists=True, mandatory=True)
+    expert = Str(mandatory=True)
+    expert_sha256 = Str(desc="of the weights: other weights are another computation")
+    # The path of the weights may differ between machines, the hash says what they are.
+    expert_file = File(exists=True, nohash=True)
+    device = Str("cpu", usedefault=True, nohash=True)
+    use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="for the scheduler")
+    num_threads = traits.Int(1, usedefault=True, nohash=True)
+
+
+class _EnhanceOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="super-resolved image, float32, scanner's intensities")
+    device = Str(desc="where these voxels were made")
+    intensity_scaling = Str()
+
+
+class Enhance(SimpleInterface):
+    """Run one expert on an image on the working grid."""
+
+    input_spec = _EnhanceInputSpec
+    output_spec = _EnhanceOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import nibabel as nb
+
+        from remix_bids.interfaces.resample import save_on_working_grid
+
+        low = np.asanyarray(nb.load(self.inputs.in_file).dataobj, dtype=np.float32)
+        scaling = "none: the output is a resampled copy"
+        device = "cpu"
+        if self.inputs.expert == NO_EXPERT:
+            high = low
+        else:
+            import torch
+
+            from remix_bids.experts.inference import enhance
+            from remix_bids.experts.registry import load_registry
+
+            torch.set_num_threads(self.inputs.num_threads)
+            device = self.inputs.device
+            record = load_registry(Path(self.inputs.expert_file).parent)[self.inputs.expert]
+            covered = np.asanyarray(nb.load(self.inputs.coverage).dataobj) > 0
+            phase = np.asanyarray(nb.load(self.inputs.phase).dataobj, dtype=np.float32)
+            high = enhance(low, covered, phase, record, device=device)
+            scaling = (
+                "99.5th percentile of the foreground inside the field of view to 1 for the "
+                "network, undone afterwards"
+            )
+        path = Path(runtime.cwd) / "enhanced.nii.gz"
+        save_on_working_grid(np.asarray(high, dtype=np.float32), path)
+        self._results["out_file"] = str(path)
+        self._results["device"] = device_name(device)
+        self._results["intensity_scaling"] = scaling
+        return runtime
+
+
+def device_name(device: str) -> str:
+    """'cpu', or a graphics card with its model."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})"

@@ -1,0 +1,125 @@
+"""From the scanner's grid to the working grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    Str,
+    TraitedSpec,
+    isdefined,
+    traits,
+)
+
+COVERED_ENOUGH = 0.95  # of the brain
+
+
+class _ToWorkingGridInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="image on its native grid")
+    transform = File(exists=True, mandatory=True, desc="ITK affine, template to native points")
+    template = File(exists=True, mandatory=True, desc="template T1w")
+    template_mask = File(exists=True, desc="its brain; absent: where the template is not zero")
+
+
+class _ToWorkingGridOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="image on the working grid")
+    coverage = File(exists=True, desc="1 where the scanner has measured")
+    phase = File(exists=True, desc="where the measured planes lie")
+    brain_coverage = traits.Float(desc="part of the template's brain that was measured")
+    warnings = traits.List(Str)
+
+
+class ToWorkingGrid(SimpleInterface):
+    """Resample an image to the grid the experts work on (cubic B-spline)."""
+
+    input_spec = _ToWorkingGridInputSpec
+    output_spec = _ToWorkingGridOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import nibabel as nb
+        import torch
+
+        from remix_bids import spatial
+        from remix_bids.registration.itk import read_itk_affine
+        from remix_bids.simulation.acquisition import slice_phase
+
+        torch.set_num_threads(1)  # the voxels must not depend on the number of processors
+        image = nb.load(self.inputs.in_file)
+        data = np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
+        native = spatial.Grid(data.shape, image.affine)
+        grid = spatial.WORKING_GRID
+        mapping = spatial.index_map(grid, native, read_itk_affine(self.inputs.transform))
+        covered = spatial.coverage(mapping, native.shape, grid.shape)
+        resampled = spatial.resample(torch.from_numpy(data.copy()), mapping, grid.shape, "cubic")
+        if data.min() >= 0:
+            resampled = resampled.clamp(min=0)  # a spline overshoots beside bright edges
+        resampled = resampled * covered
+
+        inside = covered.numpy()
+        folder = Path(runtime.cwd)
+        outputs = {
+            "out_file": resampled.numpy().astype(np.float32),
+            "coverage": inside.astype(np.uint8),
+            "phase": slice_phase(mapping, native, grid.shape).astype(np.float32),
+        }
+        for name, values in outputs.items():
+            path = folder / f"{name}.nii"
+            save_on_working_grid(values, path)
+            self._results[name] = str(path)
+        mask_file = self.inputs.template_mask
+        brain = brain_on_working_grid(
+            Path(self.inputs.template), Path(mask_file) if isdefined(mask_file) else None
+        )
+        part = float(inside[brain].mean()) if brain.any() else 0.0
+        self._results["brain_coverage"] = part
+        self._results["warnings"] = []
+        if part < COVERED_ENOUGH:
+            self._results["warnings"] = [
+                f"Coverage: the field of view holds {100 * part:.0f} % of the brain; "
+                "the output is 0 where nothing was measured."
+            ]
+        return runtime
+
+
+def save_on_working_grid(values: np.ndarray, path: Path) -> None:
+    """Write a (181, 217, 181) array as NIfTI with the header of the working grid (MNI, mm)."""
+    import nibabel as nb
+
+    from remix_bids.spatial import WORKING_GRID
+
+    image = nb.Nifti1Image(values, WORKING_GRID.affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.set_sform(WORKING_GRID.affine, code="mni")
+    image.set_qform(WORKING_GRID.affine, code="mni")
+    nb.save(image, path)
+
+
+def on_working_grid(path: Path, order: int = 1) -> np.ndarray:
+    """A template's volume on the working grid, float32 (nearest neighbour or linear)."""
+    import nibabel as nb
+    from nibabel.processing import resample_from_to
+
+    from remix_bids.spatial import WORKING_GRID
+
+    image = nb.load(path)
+    same = image.shape == WORKING_GRID.shape and np.allclose(image.affine, WORKING_GRID.affine)
+    if not same:
+        data = np.asanyarray(image.dataobj, dtype=np.float32)
+        image = resample_from_to(
+            nb.Nifti1Image(data, image.affine),
+            (WORKING_GRID.shape, WORKING_GRID.affine),
+            order=order,
+        )
+    return np.asanyarray(image.dataobj, dtype=np.float32)
+
+
+def brain_on_working_grid(template: Path, mask: Path | None) -> np.ndarray:
+    """The template's brain, bool: its mask, or where a template without skull is not zero."""
+    if mask is not None:
+        return on_working_grid(mask, order=0) > 0.5
+    return on_working_grid(template) > 0
