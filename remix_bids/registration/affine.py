@@ -1,0 +1,383 @@
+"""Affine registration of clinical heads and brains to a template, with several starts and a score.
+
+The way: a search over all shifts and rotations at 8 mm (`search`), ANTs' affine at 4 mm from the
+best starts of each kind (head against template with skull, stripped brain against the masked
+template), ANTs' affine at 2 mm around the template's brain from the best, a score (`score`).
+
+ANTs is reproducible only on one ITK thread and with its seed in the environment before it is
+imported, so every registration runs in a child process of its own; ``n_procs`` of them run side by
+side and cannot change a result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from remix_bids.errors import MissingResourceError, RemixError
+from remix_bids.registration import score as scoring
+from remix_bids.registration import search as coarse
+from remix_bids.registration.itk import write_itk_affine
+from remix_bids.registration.volumes import (
+    Volume,
+    depth_profile,
+    load_volume,
+    sample,
+    save_volume,
+    squeeze_intensities,
+    to_isotropic,
+)
+
+POLISHED = 4  # starts of each kind that are optimised at 8 mm
+TRIED = 2  # starts of each kind that ANTs gets
+DISTINCT = 8.0  # mm over the brain: closer starts are the same start
+LOOK = 0.5  # evidence for a head or a brain that is believed, see `volumes.DepthProfile`
+BONUS = 0.15  # what full evidence is worth in units of the score
+POOR = 0.45  # score below which a result is not trusted
+COVERED = 0.6  # fraction of the template's brain that must lie in the field of view
+
+FIRST: dict[str, Any] = {
+    "type_of_transform": "Affine",
+    "aff_metric": "mattes",
+    "aff_sampling": 32,
+    "aff_random_sampling_rate": 0.5,
+    "aff_iterations": (150, 100),
+    "aff_shrink_factors": (2, 1),
+    "aff_smoothing_sigmas": (1, 0),
+}
+SECOND: dict[str, Any] = {
+    **FIRST,
+    "aff_random_sampling_rate": 0.25,
+    "aff_iterations": (100, 50),
+}
+
+
+@dataclass(frozen=True)
+class Templates:
+    """The template to register to.
+
+    Attributes
+    ----------
+    t1w : Path
+        T1w template.
+    brain_mask : Path or None
+        Its brain mask on any grid; None only for a stripped template, whose non-zero voxels it is.
+    skull_stripped : bool
+        The template itself has no skull.
+    """
+
+    t1w: Path
+    brain_mask: Path | None
+    skull_stripped: bool = False
+
+
+@dataclass
+class AffineResult:
+    """What came out.
+
+    Attributes
+    ----------
+    matrix : (4, 4) array
+        Template world to native world, RAS+ mm.
+    skull_stripped : bool
+        The image was matched as a stripped brain.
+    score : float
+        Neighbourhood correlation with the template in and around the brain, 0 to 1.
+    plausible : bool
+        Score, scales and coverage are as they should be.
+    singular_values : (3,) array
+        Native mm per template mm, largest first.
+    determinant : float
+        Native volume per template volume: multiply a volume measured in template space by it.
+    warnings : list of str
+        One sentence each; empty when plausible.
+    starts : list of dict
+        Every registration run: name, stage, skull_stripped, score, coverage, singular_values.
+    """
+
+    matrix: np.ndarray
+    skull_stripped: bool
+    score: float
+    plausible: bool
+    singular_values: np.ndarray
+    determinant: float
+    warnings: list[str] = field(default_factory=list)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        out = asdict(self)
+        out["matrix"] = self.matrix.tolist()
+        out["singular_values"] = [round(float(v), 4) for v in self.singular_values]
+        return out
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A template on one grid: kinds of it, and regions around its brain."""
+
+    kinds: dict[bool, Volume]
+    near: Volume  # the brain and 4 mm around it
+    wide: Volume  # the brain, the scalp and air over it
+
+
+def _on_grid(volume: Volume, grid: Volume) -> Volume:
+    return Volume(sample(volume, grid.points())[0].astype(np.float32), grid.affine)
+
+
+def _grow(mask: Volume, mm: float) -> Volume:
+    """Mask grown by a distance in mm (isotropic voxels)."""
+    distance = ndimage.distance_transform_edt(mask.data < 0.5) * mask.zooms[0]
+    return Volume((distance <= mm).astype(np.float32), mask.affine)
+
+
+def _prepare(templates: Templates, spacing: float) -> _Prepared:
+    t1w = load_volume(templates.t1w)
+    if templates.brain_mask is not None:
+        mask = load_volume(templates.brain_mask)
+        mask = Volume((mask.data > 0.5).astype(np.float32), mask.affine)
+    elif templates.skull_stripped:
+        mask = Volume((t1w.data > 0).astype(np.float32), t1w.affine)
+    else:
+        raise MissingResourceError(
+            f"the template {templates.t1w} has a skull and comes without a brain mask; "
+            "give its brain mask too"
+        )
+    mask = _on_grid(mask, t1w)
+    t1w = squeeze_intensities(t1w)
+    stripped = to_isotropic(Volume(t1w.data * mask.data, t1w.affine), spacing)
+    small_mask = to_isotropic(mask, spacing)
+    # A margin, so that a grown region is not cut at the edge of the template's grid.
+    kinds = {True: stripped}
+    if not templates.skull_stripped:
+        kinds[False] = to_isotropic(t1w, spacing)
+    return _Prepared(kinds, _grow(small_mask, 4.0), _grow(small_mask, 24.0))
+
+
+def run_jobs(jobs: list[dict[str, Any]], n_procs: int, seed: int, work_dir: Path) -> None:
+    """Run ANTs jobs (see `_ants_worker`) in at most ``n_procs`` child processes."""
+    n_procs = max(1, min(n_procs, len(jobs)))
+    package_root = str(Path(__file__).resolve().parents[2])
+    env = {
+        **os.environ,
+        "ANTS_RANDOM_SEED": str(seed),
+        "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(
+            p for p in (package_root, os.environ.get("PYTHONPATH", "")) if p
+        ),
+    }
+    children = []
+    for rank in range(n_procs):
+        listing = work_dir / f"{jobs[0]['stage']}_{rank}.json"
+        listing.write_text(json.dumps(jobs[rank::n_procs]))
+        log = listing.with_suffix(".log").open("w")
+        command = [sys.executable, "-m", "remix_bids.registration._ants_worker", str(listing)]
+        child = subprocess.Popen(command, env=env, stdout=log, stderr=log)  # noqa: S603
+        log.close()
+        children.append((child, listing.with_suffix(".log")))
+    failed = [(log.read_text()[-2000:]) for child, log in children if child.wait() != 0]
+    if failed:
+        raise RemixError(f"the registration process failed:\n{failed[0]}")
+
+
+def _displacement(a: np.ndarray, b: np.ndarray, points: np.ndarray) -> float:
+    """Mean distance between two affines over (3, n) points."""
+    change = (a - b)[:3]
+    return float(np.linalg.norm(change[:, :3] @ points + change[:, 3:], axis=0).mean())
+
+
+def _distinct(starts: list[coarse.Start], points: np.ndarray, n: int) -> list[coarse.Start]:
+    kept: list[coarse.Start] = []
+    for start in starts:
+        if all(_displacement(start.matrix, k.matrix, points) > DISTINCT for k in kept):
+            kept.append(start)
+        if len(kept) == n:
+            break
+    return kept
+
+
+def register_affine(
+    moving: Path,
+    templates: Templates,
+    *,
+    skull_stripped: bool | None = None,
+    n_procs: int = 1,
+    random_seed: int = 0,
+    sloppy: bool = False,
+    work_dir: Path,
+) -> AffineResult:
+    """Register one T1w image, head or stripped brain, to a template.
+
+    Parameters
+    ----------
+    moving : Path
+        3D image; any orientation, voxel size, origin.
+    templates : Templates
+        What to register to.
+    skull_stripped : bool, optional
+        Whether ``moving`` has no skull, when that is known; otherwise both are tried.
+    n_procs : int
+        Child processes side by side; never changes the result.
+    random_seed : int
+        ANTs' seed.
+    sloppy : bool
+        Fewer starts and iterations, for tests.
+    work_dir : Path
+        Where temporary files go; they are removed.
+
+    Raises
+    ------
+    MissingResourceError
+        ``moving`` is a whole head and the template has no skull.
+    InputImageError
+        ``moving`` cannot be used.
+    """
+    original = load_volume(moving)
+    head = depth_profile(original).head
+    image = squeeze_intensities(original)
+    levels = {s: _prepare(templates, s) for s in (coarse.SPACING, 4.0, scoring.SPACING, 2.0)}
+    if skull_stripped is None:
+        kinds = [False, True] if head > 0 else [True, False]
+        if templates.skull_stripped:
+            if head > LOOK:
+                raise _refusal(templates)
+            kinds = [True]
+    elif skull_stripped or not templates.skull_stripped:
+        kinds = [skull_stripped]
+    else:
+        raise _refusal(templates)
+
+    eight = levels[coarse.SPACING]
+    brain = eight.near.points()[:, eight.near.data > 0.5]
+    centre = brain.mean(axis=1)
+    small = to_isotropic(image, coarse.SPACING)
+    found = coarse.search(small, {k: eight.kinds[k] for k in kinds}, eight.wide, centre)
+    candidates: list[coarse.Start] = []
+    for kind in kinds:
+        first = _distinct(found[kind], brain, 2 if sloppy else POLISHED)
+        better = [coarse.polish(s, small, eight.kinds[kind], eight.wide, centre) for s in first]
+        better.sort(key=lambda s: -s.score)
+        unlikely = kind != kinds[0] and abs(head) > LOOK
+        candidates += _distinct(better, brain, 1 if sloppy or unlikely else TRIED)
+
+    judge = levels[scoring.SPACING]
+    seen = to_isotropic(image, scoring.SPACING)
+    log: list[dict[str, Any]] = []
+
+    def rate(stage: str, start: coarse.Start, matrix: np.ndarray) -> dict[str, Any]:
+        value, part = scoring.agreement(seen, judge.kinds[start.stripped], judge.wide, matrix)
+        row = {
+            "name": start.name,
+            "stage": stage,
+            "skull_stripped": start.stripped,
+            "score": round(value, 4),
+            "evidence": round(value + BONUS * (-head if start.stripped else head), 4),
+            "coverage": round(part, 4),
+            "possible": scoring.possible(matrix),
+            "singular_values": [round(float(v), 4) for v in scoring.singular_values(matrix)],
+        }
+        log.append(row)
+        return {**row, "matrix": matrix, "start": start}
+
+    Path(work_dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work_dir, prefix="affine_") as scratch_name:
+        scratch = Path(scratch_name)
+
+        def ants(stage: str, level: float, starts: list[coarse.Start], options: dict[str, Any]):
+            prepared = levels[level]
+            save_volume(to_isotropic(image, level), scratch / f"{stage}_moving.nii")
+            region = prepared.wide if stage == "first" else prepared.near
+            save_volume(region, scratch / f"{stage}_mask.nii")
+            jobs = []
+            for i, start in enumerate(starts):
+                fixed = scratch / f"{stage}_{'brain' if start.stripped else 'head'}.nii"
+                save_volume(prepared.kinds[start.stripped], fixed)
+                initial = scratch / f"{stage}_{i}.txt"
+                write_itk_affine(initial, start.matrix)
+                jobs.append(
+                    {
+                        "name": start.name,
+                        "stage": stage,
+                        "fixed": str(fixed),
+                        "moving": str(scratch / f"{stage}_moving.nii"),
+                        "mask": str(scratch / f"{stage}_mask.nii"),
+                        "initial": str(initial),
+                        "output": str(scratch / f"{stage}_{i}.json"),
+                        "options": options,
+                    }
+                )
+            run_jobs(jobs, n_procs, random_seed, scratch)
+            rows = []
+            for start, job in zip(starts, jobs, strict=True):
+                matrix = json.loads(Path(job["output"]).read_text())
+                if matrix is not None:
+                    rows.append(rate(stage, start, np.array(matrix)))
+            return rows
+
+        rows = [rate("search", s, s.matrix) for s in candidates]
+        rows += ants("first", 4.0, candidates, FIRST)
+        best = [max((r for r in rows if r["skull_stripped"] == k), key=_order) for k in kinds]
+        best.sort(key=_order, reverse=True)
+        # The other kind gets its second stage only when it is close.
+        best = [r for r in best if r["evidence"] > best[0]["evidence"] - 0.1]
+        starts = [
+            coarse.Start(r["start"].name, r["skull_stripped"], r["matrix"], r["score"])
+            for r in best
+        ]
+        rows = ants("second", 2.0, starts, SECOND) or best
+
+    winner = max(rows, key=_order)
+    return _result(winner, log, templates)
+
+
+def _order(row: dict[str, Any]) -> tuple[bool, float]:
+    """Possible ones first, then by score and by what the image looks like."""
+    return row["possible"], row["evidence"]
+
+
+def _refusal(templates: Templates) -> MissingResourceError:
+    return MissingResourceError(
+        f"the image is a whole head, and the template {templates.t1w} has no skull: a head "
+        "registered to a brain swells to fill it. Use a template with skull (MNI152Lin)"
+    )
+
+
+def _result(winner: dict[str, Any], log: list[dict[str, Any]], templates: Templates):
+    matrix = winner["matrix"]
+    warnings = []
+    if not winner["possible"]:
+        values = ", ".join(f"{v:.2f}" for v in winner["singular_values"])
+        warnings.append(
+            f"Registration: scales {values} are outside {scoring.SCALES[0]} to "
+            f"{scoring.SCALES[1]}; the result is probably wrong."
+        )
+    if winner["score"] < POOR:
+        warnings.append(
+            f"Registration: the image agrees poorly with the template (score "
+            f"{winner['score']:.2f}, expected above {POOR}); look at the overlay."
+        )
+    if winner["coverage"] < COVERED:
+        warnings.append(
+            f"Registration: only {100 * winner['coverage']:.0f} % of the brain region lies in "
+            "the field of view; look at the overlay."
+        )
+    return AffineResult(
+        matrix=matrix,
+        skull_stripped=winner["skull_stripped"],
+        score=winner["score"],
+        plausible=not warnings,
+        singular_values=scoring.singular_values(matrix),
+        determinant=float(np.linalg.det(matrix[:3, :3])),
+        warnings=warnings,
+        starts=log,
+    )
