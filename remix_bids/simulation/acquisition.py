@@ -1,0 +1,331 @@
+"""Acquisitions: the geometry of a scan, and the bank of real ones.
+
+A `Geometry` is what a header and a sidecar tell of one real scan. An `Acquisition` is a geometry
+placed on a head: it also knows the way from template world to scanner world, and the profile.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from remix_bids.experts.registry import effective_voxel_volume
+from remix_bids.spatial import WORKING_GRID, Grid
+
+BRAIN_CENTRE = np.array([0.0, -18.0, 10.0])
+"""Middle of the brain's bounding box in MNI152 (RAS+, mm)."""
+
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
+"""World axis (RAS+) along which the slices of a plane are stacked."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is known of one real scan; one row of the bank.
+
+    Attributes
+    ----------
+    shape : tuple of 3 int
+        Voxels in array order.
+    affine : tuple of 4 tuples of 4 float
+        Voxel index to scanner world, RAS+, mm.
+    thickness, gap : float or None
+        Of the slices, mm, where the sidecar tells.
+    exact : bool
+        False where field of view, slice count or centre had to be assumed.
+    group : str
+        Anonymous key of the person; geometries of one group stay on one side of a split.
+    held_out : bool
+        Never used for training.
+    """
+
+    shape: tuple[int, int, int]
+    affine: tuple[tuple[float, ...], ...]
+    thickness: float | None
+    gap: float | None
+    exact: bool
+    contrast: str
+    licence: str
+    source: str
+    group: str
+    held_out: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, np.array(self.affine))
+
+    @property
+    def plane(self) -> str:
+        grid = self.grid
+        normal = grid.affine[:3, slice_axis(grid)]
+        return list(PLANES)[int(np.argmax(np.abs(normal)))]
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """A geometry on a head: all that the simulator needs.
+
+    Attributes
+    ----------
+    grid : Grid
+        The native grid.
+    world : (4, 4) array
+        Template world to scanner world (RAS+, mm): what registration gives as forward affine.
+    widths : tuple of 3 float
+        Full width at half maximum of the acquisition's profile along each voxel axis, mm.
+    box : tuple of 3 bool
+        Along which axes the profile is a smoothed box; a Gaussian elsewhere.
+    """
+
+    grid: Grid
+    world: np.ndarray
+    widths: tuple[float, float, float]
+    box: tuple[bool, bool, bool] = (False, False, False)
+
+    @property
+    def volume(self) -> float:
+        """Effective voxel volume in mm3."""
+        return effective_voxel_volume(self.grid.voxel_sizes)
+
+    @property
+    def anisotropy(self) -> float:
+        sizes = np.maximum(self.grid.voxel_sizes, 1.0)
+        return float(sizes.max() / sizes.min())
+
+    def without_profile(self) -> Acquisition:
+        """The same grid, sampled at points."""
+        return replace(self, widths=(0.0, 0.0, 0.0))
+
+
+def slice_axis(grid: Grid) -> int:
+    """Array axis with the coarsest voxel size; the last one when all are alike."""
+    sizes = grid.voxel_sizes
+    return 2 if np.ptp(sizes) < 1e-3 * sizes.max() else int(np.argmax(sizes))
+
+
+def slice_phase(mapping: np.ndarray, source: Grid, shape: tuple[int, int, int]) -> np.ndarray:
+    """Where the measured planes lie, as seen from an output grid.
+
+    Parameters
+    ----------
+    mapping : (4, 4) array
+        Output voxel index to source voxel index.
+    source : Grid
+        The acquired grid.
+    shape : tuple of int
+        Output grid.
+
+    Returns
+    -------
+    float32 array of ``shape``
+        ``cos(2 pi k)`` with k the source index along its coarsest axis (1 on a measured plane, -1
+        half-way), faded out as the spacing approaches the 1 mm of the output.
+    """
+    axis = slice_axis(source)
+    i, j, k = (np.arange(n, dtype=np.float32) for n in shape)
+    row = mapping[axis].astype(np.float32)
+    index = (row[0] * i + row[3])[:, None, None] + (row[1] * j)[None, :, None] + row[2] * k
+    fade = np.float32(np.clip(source.voxel_sizes[axis] - 1.0, 0.0, 1.0))
+    return fade * np.cos(np.float32(2 * np.pi) * index)
+
+
+def load_bank(path: Path | None = None) -> list[Geometry]:
+    """Read a bank of geometries; the shipped one by default."""
+    if path is None:
+        text = resources.files("remix_bids.data").joinpath("acquisitions.json").read_text()
+    else:
+        text = Path(path).read_text()
+    rows = json.loads(text)["acquisitions"]
+    return [
+        Geometry(
+            **{
+                **row,
+                "shape": tuple(row["shape"]),
+                "affine": tuple(tuple(line) for line in row["affine"]),
+            }
+        )
+        for row in rows
+    ]
+
+
+def save_bank(geometries: Sequence[Geometry], path: Path) -> None:
+    """Write a bank, one geometry a line so that differences can be read."""
+    rows = ",\n".join(json.dumps(asdict(g)) for g in geometries)
+    Path(path).write_text(f'{{"format": 1, "acquisitions": [\n{rows}\n]}}\n')
+
+
+@dataclass(frozen=True)
+class SyntheticShape:
+    """Voxel sizes drawn for a class; the bank alone cannot balance the classes (SCIENCE 1)."""
+
+    in_plane: float
+    spacing: float
+    gap: float
+
+
+# Centre of a class to the range of effective voxel volumes that it trains on, mm3.
+CLASS_RANGES = {
+    k: (1.0, 1.5) if k == 1 else (6.25, 9.0) if k == 7 else (k - 0.75, k + 0.75)
+    for k in range(1, 8)
+}
+
+
+def draw_shape(rng: np.random.Generator, k: int) -> SyntheticShape:
+    """Draw voxel sizes of class ``k``: mostly thick slices, some of them isotropic."""
+    volume = rng.uniform(*CLASS_RANGES[k])
+    kind = rng.choice(3, p=[0.70, 0.15, 0.15])
+    if kind == 2:
+        side = volume ** (1 / 3)
+        return SyntheticShape(side, side, 0.0)
+    in_plane = rng.uniform(1.0, 1.15) if kind == 0 else rng.uniform(1.15, 1.5)
+    in_plane = min(in_plane, volume ** (1 / 3))  # a slice is never thinner than its pixels
+    spacing = volume / max(in_plane, 1.0) ** 2
+    gap = 0.0 if rng.random() < 0.5 else rng.uniform(0.05, 0.25)
+    return SyntheticShape(in_plane, spacing, gap * spacing)
+
+
+def _rotation(roll: float, pitch: float, yaw: float) -> np.ndarray:
+    """Rotation by angles in degrees about the posterior-anterior, left-right and feet-head axes."""
+    r, p, y = np.deg2rad([roll, pitch, yaw])
+    about_x = np.array([[1, 0, 0], [0, np.cos(p), -np.sin(p)], [0, np.sin(p), np.cos(p)]])
+    about_y = np.array([[np.cos(r), 0, np.sin(r)], [0, 1, 0], [-np.sin(r), 0, np.cos(r)]])
+    about_z = np.array([[np.cos(y), -np.sin(y), 0], [np.sin(y), np.cos(y), 0], [0, 0, 1]])
+    return about_z @ about_x @ about_y
+
+
+def _nearest_axes(directions: np.ndarray) -> np.ndarray:
+    """The signed permutation nearest to a matrix of direction cosines."""
+    out = np.zeros((3, 3))
+    left = np.abs(directions).copy()
+    for _ in range(3):
+        row, column = np.unravel_index(np.argmax(left), left.shape)
+        out[row, column] = np.sign(directions[row, column])
+        left[row, :] = left[:, column] = -1
+    return out
+
+
+def place(
+    geometry: Geometry,
+    person: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    shape: SyntheticShape | None = None,
+    box: bool | None = None,
+    centre_sd: float = 5.0,
+    obliquity: float | None = None,
+) -> Acquisition:
+    """Put the geometry of one scan on the head of another person.
+
+    Slices are planned on the anatomy, while header angles also hold the tilt of the head: three
+    quarters of the draws keep only the plane of the header and tilt it by a few degrees, one
+    quarter keeps the header's full rotation.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        A row of the bank.
+    person : (4, 4) array
+        Template world to native world of a real person; its scale and shear are used, its rotation
+        and shift are not.
+    rng : numpy Generator
+    shape : SyntheticShape, optional
+        Voxel sizes instead of the geometry's own; the field of view is kept.
+    box : bool, optional
+        Profile across the slice: smoothed box or Gaussian; drawn if absent.
+    centre_sd : float
+        Standard deviation of the shift of the field of view, mm.
+    obliquity : float, optional
+        Turn by exactly this angle (degrees) about a random axis instead.
+
+    Returns
+    -------
+    Acquisition
+    """
+    grid = geometry.grid
+    sizes = grid.voxel_sizes
+    axis = slice_axis(grid)
+    extent = sizes * np.array(grid.shape)
+    directions = grid.affine[:3, :3] / sizes
+    if obliquity is not None:
+        spin = rng.normal(size=3)
+        spin *= np.deg2rad(obliquity) / np.linalg.norm(spin)
+        cross = np.array(
+            [[0, -spin[2], spin[1]], [spin[2], 0, -spin[0]], [-spin[1], spin[0], 0]]
+        ) / np.linalg.norm(spin)
+        angle = np.deg2rad(obliquity)
+        turn = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+        directions = turn @ _nearest_axes(directions)
+    elif rng.random() < 0.75:
+        tilt = _rotation(rng.normal(0, 3), rng.normal(0, 8), rng.normal(0, 3))
+        directions = tilt @ _nearest_axes(directions)
+
+    if shape is not None:
+        sizes = np.full(3, shape.in_plane)
+        sizes[axis] = shape.spacing
+        thickness = shape.spacing - shape.gap
+    elif geometry.gap is not None:
+        thickness = sizes[axis] - geometry.gap
+    elif geometry.thickness is not None:
+        thickness = min(geometry.thickness, sizes[axis])
+    else:
+        thickness = sizes[axis] * rng.uniform(0.85, 1.0)
+    counts = np.maximum(np.ceil(extent / sizes - 1e-6), 4).astype(int)
+
+    # Fine matrices are zero-filled: what was acquired in-plane is coarser than the voxel.
+    widths = np.where(sizes < 0.95, rng.uniform(np.clip(sizes, 0.8, 1.2), 1.25), sizes)
+    widths[axis] = thickness
+    widths *= rng.uniform(0.85, 1.1)
+    is_box = bool(rng.random() < 0.5) if box is None else box
+
+    stretch = np.array(person, dtype=float)[:3, :3]
+    _, s, vt = np.linalg.svd(stretch)
+    world = np.eye(4)
+    world[:3, :3] = vt.T @ np.diag(s) @ vt
+    affine = np.eye(4)
+    affine[:3, :3] = directions * sizes
+    centre = world[:3, :3] @ BRAIN_CENTRE + rng.normal(0, centre_sd, 3)
+    affine[:3, 3] = centre - affine[:3, :3] @ ((counts - 1) / 2)
+    return Acquisition(
+        Grid(tuple(counts), affine),
+        world,
+        tuple(float(w) for w in widths),
+        tuple(bool(is_box and a == axis) for a in range(3)),
+    )
+
+
+def draw(
+    rng: np.random.Generator,
+    bank: Sequence[Geometry],
+    persons: Sequence[np.ndarray],
+    k: int,
+) -> Acquisition:
+    """Draw a training acquisition of class ``k``: a real plane and field of view, drawn sizes.
+
+    Parameters
+    ----------
+    bank : sequence of Geometry
+        Geometries that training may use.
+    persons : sequence of (4, 4) arrays
+        Template world to native world of training persons.
+    k : int
+        Class, 1 to 7.
+    """
+    plane = rng.choice(["axial", "sagittal", "coronal"], p=[0.45, 0.35, 0.20])
+    person = persons[rng.integers(len(persons))]
+    low, high = CLASS_RANGES[k]
+    own = [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
+    if own and rng.random() < 0.3:
+        return place(own[rng.integers(len(own))], person, rng)
+    candidates = [g for g in bank if g.plane == plane]
+    geometry = candidates[rng.integers(len(candidates))]
+    return place(geometry, person, rng, shape=draw_shape(rng, k))
+
+
+def to_working_grid(acquisition: Acquisition) -> np.ndarray:
+    """Index map from the working grid to the native grid of an acquisition."""
+    return np.linalg.inv(acquisition.grid.affine) @ acquisition.world @ WORKING_GRID.affine

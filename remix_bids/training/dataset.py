@@ -1,0 +1,285 @@
+"""Training pairs: a prepared person, a drawn acquisition, augmentation, degradation, patches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remix_bids.experts.inference import intensity_scale, network_input
+from remix_bids.simulation.acquisition import Acquisition, Geometry, draw, slice_axis
+from remix_bids.simulation.degrade import acquire, add_rician_noise, bounding_box, restore_grid
+from remix_bids.spatial import WORKING_GRID, Grid
+
+COARSE_MM = 1.2
+"""A person with a voxel side above this is no truth for detail."""
+COARSE_CLASSES = range(3, 8)
+COARSE_DETAIL = 0.3
+
+
+@dataclass(frozen=True)
+class Person:
+    """A high-resolution image on the working grid.
+
+    Attributes
+    ----------
+    image : (181, 217, 181) float16 tensor
+        Scaled so that 1 is the 99.5th percentile of the foreground.
+    world : (4, 4) array
+        Template world to native world (RAS+, mm).
+    voxel_sizes : tuple of 3 float
+        Of the native image, mm.
+    """
+
+    name: str
+    image: Tensor
+    head: bool
+    voxel_sizes: tuple[float, ...]
+    world: np.ndarray
+    split: str
+
+    @property
+    def coarse(self) -> bool:
+        return max(self.voxel_sizes) > COARSE_MM
+
+
+def load_persons(folder: Path, split: str, device: str = "cpu") -> list[Person]:
+    """Read the persons of one split ('train', 'validation' or 'held_out') of a prepared folder."""
+    rows = json.loads((Path(folder) / "persons.json").read_text())["persons"]
+    return [
+        Person(
+            name=row["name"],
+            image=torch.from_numpy(np.load(Path(folder) / row["file"], allow_pickle=False)).to(
+                device
+            ),
+            head=row["head"],
+            voxel_sizes=tuple(row["voxel_sizes"]),
+            world=np.array(row["world"]),
+            split=row["split"],
+        )
+        for row in rows
+        if row["split"] == split
+    ]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Probabilities and ranges; all off with `OFF`."""
+
+    flip: float = 0.5
+    contrast: float = 0.5
+    gamma: tuple[float, float] = (0.7, 1.4)
+    bias: float = 0.5
+    bias_range: float = 0.4
+    noise: float = 0.7
+    noise_range: float = 0.03  # standard deviation, in units of bright tissue
+    lesions: float = 0.2
+    truncate: float = 0.2
+    truncate_range: tuple[float, float] = (0.05, 0.25)
+    strip: float = 0.2
+
+
+OFF = Augmentation(flip=0, contrast=0, bias=0, noise=0, lesions=0, truncate=0, strip=0)
+
+
+def _coordinates(shape: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Coordinates from -1 to 1 along the three axes, to be broadcast."""
+    axes = [torch.linspace(-1, 1, n, device=like.device) for n in shape]
+    return [a.view([-1 if i == axis else 1 for i in range(3)]) for axis, a in enumerate(axes)]
+
+
+def bias_field(rng: np.random.Generator, like: Tensor, limit: float) -> Tensor:
+    """A smooth multiplicative field within 1 -+ ``limit``: a random polynomial of degree two."""
+    x, y, z = _coordinates(like.shape, like)
+    a = rng.normal(size=9)
+    terms = (x, y, z, x * y, y * z, x * z, x * x, y * y, z * z)
+    log = torch.zeros_like(like)
+    for factor, term in zip(a, terms, strict=True):
+        log += factor * term
+    log = log - log.mean()
+    return 1 + limit * rng.uniform(0.2, 1.0) * log / log.abs().max()
+
+
+def add_lesions(rng: np.random.Generator, image: Tensor) -> Tensor:
+    """1 to 3 smooth ellipsoids of 3 to 15 mm in tissue, 10 to 40 % brighter or darker."""
+    tissue = torch.nonzero(image > 0.3)
+    image = image.clone()
+    for _ in range(rng.integers(1, 4)):
+        centre = tissue[int(rng.integers(len(tissue)))].tolist()
+        radii = rng.uniform(1.5, 7.5) * rng.uniform(0.7, 1.3, 3)
+        box = tuple(
+            slice(max(0, int(c - 2 * r) - 1), int(c + 2 * r) + 2)
+            for c, r in zip(centre, radii, strict=True)
+        )
+        grids = [
+            torch.arange(s.start, min(s.stop, n), device=image.device) - c
+            for s, n, c in zip(box, image.shape, centre, strict=True)
+        ]
+        d = sum(
+            ((g / r) ** 2).view([-1 if i == axis else 1 for i in range(3)])
+            for axis, (g, r) in enumerate(zip(grids, radii, strict=True))
+        )
+        change = rng.choice([-1, 1]) * rng.uniform(0.1, 0.4)
+        image[box] *= 1 + change * torch.sigmoid((1 - torch.as_tensor(d)) * 4)
+    return image
+
+
+def vary(
+    rng: np.random.Generator, person: Person, augment: Augmentation, strip_mask: Tensor
+) -> Tensor:
+    """What is shared by both images of a pair, applied before degradation; float32."""
+    image = person.image.float()
+    if rng.random() < augment.flip:
+        image = image.flip(0)  # the working grid is symmetric about x = 0
+    if person.head and rng.random() < augment.strip:
+        image = image * strip_mask
+    if rng.random() < augment.lesions:
+        image = add_lesions(rng, image)
+    if rng.random() < augment.contrast:
+        image = image.clamp(min=0) ** rng.uniform(*augment.gamma)
+    if rng.random() < augment.bias:
+        image = image * bias_field(rng, image, augment.bias_range)
+    return image
+
+
+def truncated(
+    rng: np.random.Generator, native: Tensor, acquisition: Acquisition, share: tuple[float, float]
+) -> tuple[Tensor, Grid]:
+    """Lose some slices at one end, as scans that do not cover the head."""
+    grid = acquisition.grid
+    axis = slice_axis(grid)
+    lost = max(1, round(grid.shape[axis] * rng.uniform(*share)))
+    start = lost if rng.random() < 0.5 else 0
+    kept = grid.shape[axis] - lost
+    shift = np.eye(4)
+    shift[axis, 3] = start
+    shape = tuple(kept if a == axis else n for a, n in enumerate(grid.shape))
+    return native.narrow(axis, start, kept), Grid(shape, grid.affine @ shift)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A simulated volume: network input (3, x, y, z), target (x, y, z), trust in its detail."""
+
+    inputs: Tensor
+    target: Tensor
+    detail: float
+
+
+def simulate_pair(
+    rng: np.random.Generator,
+    person: Person,
+    acquisition: Acquisition,
+    augment: Augmentation,
+    strip_mask: Tensor,
+    minimum: int,
+) -> Pair:
+    """Degrade one person through one acquisition, cropped to the foreground.
+
+    Parameters
+    ----------
+    minimum : int
+        Smallest side of the crop, in voxels.
+    """
+    image = vary(rng, person, augment, strip_mask)
+    crop, grid = crop_to_foreground(image, minimum)
+    native, source = acquire(image, acquisition), acquisition.grid
+    if rng.random() < augment.noise:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        native = add_rician_noise(native, rng.uniform(0, augment.noise_range), generator)
+    if rng.random() < augment.truncate:
+        native, source = truncated(rng, native, acquisition, augment.truncate_range)
+    low = restore_grid(native, source, acquisition.world, grid)
+    scale = intensity_scale(low.image, low.covered)
+    inputs = network_input(low.image, low.covered, low.phase, scale)
+    return Pair(inputs, image[crop] / scale, COARSE_DETAIL if person.coarse else 1.0)
+
+
+def crop_to_foreground(image: Tensor, minimum: int) -> tuple[tuple[slice, ...], Grid]:
+    """The box around the foreground, at least ``minimum`` wide, as slices and as a grid."""
+    box = bounding_box(image > 0.02)
+    crop = []
+    for n, low, high in zip(image.shape, box[0], box[1], strict=True):
+        size = min(n, max(minimum, high - low + 5))
+        start = int(np.clip((low + high - size) // 2 + 1, 0, n - size))
+        crop.append(slice(start, start + size))
+    shift = np.eye(4)
+    shift[:3, 3] = [s.start for s in crop]
+    shape = tuple(s.stop - s.start for s in crop)
+    return tuple(crop), Grid(shape, WORKING_GRID.affine @ shift)
+
+
+def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) -> dict[str, Tensor]:
+    """Cut patches, four in five of them centred on foreground that was acquired."""
+    shape = pair.target.shape
+    foreground = torch.nonzero((pair.target > 0.1) & (pair.inputs[1] > 0))
+    inputs, targets = [], []
+    for _ in range(count):
+        if rng.random() < 0.8 and len(foreground):
+            centre = foreground[int(rng.integers(len(foreground)))].tolist()
+            start = [
+                int(np.clip(c - size // 2, 0, n - size)) for c, n in zip(centre, shape, strict=True)
+            ]
+        else:
+            start = [int(rng.integers(n - size + 1)) for n in shape]
+        where = tuple(slice(s, s + size) for s in start)
+        inputs.append(pair.inputs[(slice(None), *where)])
+        targets.append(pair.target[where])
+    return {
+        "inputs": torch.stack(inputs).bfloat16(),
+        "targets": torch.stack(targets).bfloat16(),
+        "detail": torch.full((count,), pair.detail),
+    }
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """Draws simulated volumes by number: volume ``i`` is the same whenever it is asked for.
+
+    Attributes
+    ----------
+    class_weights : tuple of 7 float
+        How often each class is drawn.
+    """
+
+    persons: Sequence[Person]
+    bank: Sequence[Geometry]
+    strip_mask: Tensor
+    class_weights: tuple[float, ...]
+    seed: int
+    patch: int = 64
+    patches_per_volume: int = 32
+    head_share: float = 0.5
+    augment: Augmentation = field(default_factory=Augmentation)
+
+    def pair(self, index: int) -> tuple[Pair, np.random.Generator]:
+        """Simulate volume ``index``."""
+        rng = np.random.default_rng([self.seed, index])
+        weights = np.array(self.class_weights, dtype=float)
+        k = int(rng.choice(np.arange(1, 8), p=weights / weights.sum()))
+        usable = [p for p in self.persons if not p.coarse or k in COARSE_CLASSES]
+        heads = [p for p in usable if p.head]
+        brains = [p for p in usable if not p.head]
+        pool = heads if heads and (not brains or rng.random() < self.head_share) else brains
+        person = pool[rng.integers(len(pool))]
+        worlds = [p.world for p in self.persons]
+        acquisition = draw(rng, self.bank, worlds, k)
+        pair = simulate_pair(rng, person, acquisition, self.augment, self.strip_mask, self.patch)
+        return pair, rng
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Patches of volume ``index``: inputs (n, 3, p, p, p), targets (n, p, p, p), detail (n,)."""
+        pair, rng = self.pair(index)
+        return draw_patches(rng, pair, self.patches_per_volume, self.patch)
+
+    def for_validation(self, seed: int) -> Simulator:
+        """The same task on fixed volumes, without augmentation."""
+        return replace(self, seed=seed, augment=OFF)

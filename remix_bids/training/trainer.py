@@ -1,0 +1,289 @@
+"""One readable training loop: deterministic, resumable to the step, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from remix_bids.experts.unet import INPUTS, ResidualUNet
+from remix_bids.training.dataset import Simulator
+from remix_bids.training.losses import PARTS, RemixLoss
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Hyper-parameters of one stage."""
+
+    steps: int
+    rate: float = 5e-4  # peak; the stages after the first take half of it
+    batch: int = 2  # patches
+    warmup: int = 100  # steps
+    final: float = 0.01  # of the peak rate, at the end of the cosine
+    decay: float = 1e-4  # of weights, not of biases
+    clip: float = 1.0  # norm of the gradient
+    ema: float = 0.995
+    rim: int = 8  # voxels of a patch's border that the loss ignores
+    volumes_per_round: int = 6  # simulated volumes whose patches are shuffled together
+    validate_every: int = 250
+    validation_volumes: int = 7
+    workers: int = 1  # processes that simulate while the network learns
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine to ``final`` of the peak."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.rate * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def batches(
+    simulator: Simulator, schedule: Schedule, start: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Batches from step ``start`` on: the order depends on the seed and the step only."""
+    per_round = schedule.volumes_per_round * simulator.patches_per_volume // schedule.batch
+    number, skip = divmod(start, per_round)
+    volumes = range(
+        number * schedule.volumes_per_round,
+        (schedule.steps // per_round + 1) * schedule.volumes_per_round,
+    )
+    workers = 0 if device.type == "cuda" else schedule.workers
+    loader = DataLoader(simulator, batch_size=None, sampler=volumes, num_workers=workers)
+    pool: list[dict[str, Tensor]] = []
+    for patches in loader:
+        pool.append(patches)
+        if len(pool) < schedule.volumes_per_round:
+            continue
+        merged = {key: torch.cat([p[key] for p in pool]) for key in pool[0]}
+        pool = []
+        order = np.random.default_rng([simulator.seed, 1, number]).permutation(
+            len(merged["detail"])
+        )
+        for i in range(skip, per_round):
+            pick = torch.from_numpy(order[i * schedule.batch : (i + 1) * schedule.batch])
+            yield {key: value[pick.to(value.device)].to(device) for key, value in merged.items()}
+        number, skip = number + 1, 0
+
+
+def psnr(x: Tensor, y: Tensor, mask: Tensor) -> float:
+    """Peak signal-to-noise ratio (dB) inside a mask; 1 is the peak."""
+    return float(-10 * torch.log10(((x - y)[mask] ** 2).mean()))
+
+
+class Validation:
+    """PSNR gain over the network's input on fixed volumes of persons who are never trained on."""
+
+    def __init__(self, simulator: Simulator, volumes: int, size: int = 96) -> None:
+        self._cases = []
+        for index in range(volumes):
+            pair, _ = simulator.pair(index)
+            middle = tuple(
+                slice(max(0, (n - size) // 2), max(0, (n - size) // 2) + size)
+                for n in pair.target.shape
+            )
+            self._cases.append((pair.inputs[(slice(None), *middle)], pair.target[middle]))
+
+    @torch.no_grad()
+    def __call__(self, network: ResidualUNet, device: torch.device) -> float:
+        gains = []
+        for inputs, target in self._cases:
+            side = [n - n % network.multiple for n in target.shape]
+            cut = tuple(slice(0, n) for n in side)
+            x, y = inputs[(slice(None), *cut)].to(device), target[cut].to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                out = network(x[None])[0, 0].float()
+            mask = (x[1] > 0) & (y > 0.05)
+            gains.append(psnr(out, y, mask) - psnr(x[0], y, mask))
+        return float(np.mean(gains))
+
+
+def save_network(network: ResidualUNet, path: Path, **provenance: object) -> None:
+    """Write the weights as float16 safetensors with the design in the metadata, whole or not."""
+    tensors = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
+    design = {"inputs": network.inputs, "widths": network.widths, "channels": INPUTS}
+    metadata = {"network": json.dumps(design), "provenance": json.dumps(provenance)}
+    part = path.with_suffix(".part")
+    save_file(tensors, str(part), metadata=metadata)
+    os.replace(part, path)
+
+
+class State:
+    """Network, its average, optimiser and step, kept in one safetensors file."""
+
+    def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
+        self.network = network.to(device, memory_format=torch.channels_last_3d)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        weights = [p for p in self.network.parameters() if p.ndim > 1]
+        biases = [p for p in self.network.parameters() if p.ndim == 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": weights, "weight_decay": schedule.decay}, {"params": biases}],
+            lr=schedule.rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+        )
+        self.step = 0
+        self.loss: RemixLoss | None = None
+        self.best = -math.inf
+
+    def save(self, path: Path) -> None:
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for i, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{k}": v for k, v in moments.items()}
+        assert self.loss is not None
+        progress = {"step": self.step, "factors": self.loss.factors, "best": self.best}
+        part = path.with_suffix(".part")
+        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(plain, str(part), metadata={"progress": json.dumps(progress)})
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        with safe_open(str(path), framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+        tensors = load_file(str(path))
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.network.load_state_dict(part("network."))
+        self.average.load_state_dict(part("average."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in part("optimiser.").items():
+            i, name = key.split(".")
+            moments.setdefault(int(i), {})[name] = value
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        self.step, self.best = progress["step"], progress["best"]
+        self.loss = RemixLoss(tuple(progress["factors"]))
+
+
+def forward_parts(
+    network: ResidualUNet | None, batch: dict[str, Tensor], loss: RemixLoss, rim: int
+) -> Tensor:
+    """Loss parts (4, n) of a batch; of the identity without a network. The loss is float32."""
+    inputs = batch["inputs"]
+    if network is None:
+        output = inputs[:, 0].float()
+    else:
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
+            output = network(inputs)[:, 0]
+        output = output.float()
+    inner = (slice(None), *(slice(rim, n - rim) for n in output.shape[1:]))
+    target, covered = batch["targets"].float(), inputs[:, 1].float()
+    return loss.parts(output[inner], target[inner], covered[inner], batch["detail"])
+
+
+def train(
+    network: ResidualUNet,
+    simulator: Simulator,
+    validation: Simulator,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    loss: RemixLoss | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train one network; go on where an earlier call was stopped.
+
+    Parameters
+    ----------
+    network : ResidualUNet
+        Its weights are the start; ignored when ``folder`` holds a checkpoint.
+    simulator, validation : Simulator
+        Of training and of validation persons.
+    schedule : Schedule
+    folder : Path
+        Receives ``checkpoint.safetensors``, ``log.csv``, ``best.safetensors`` (the average with the
+        best validation) and ``schedule.json``.
+    loss : RemixLoss, optional
+        Calibrated on the identity if absent.
+
+    Returns
+    -------
+    Path
+        Of the best average weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    where = torch.device(device)
+    torch.manual_seed(simulator.seed)
+    state = State(network, schedule, where)
+    checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
+    if checkpoint.exists():
+        state.load(checkpoint)
+        if state.step >= schedule.steps:
+            return best
+        LOGGER.info("%s: going on from step %d", folder.name, state.step)
+    (folder / "schedule.json").write_text(json.dumps(asdict(schedule), indent=1))
+    check = Validation(validation, schedule.validation_volumes)
+    stream = batches(simulator, schedule, state.step, where)
+    if state.loss is None:
+        state.loss = loss
+    if state.loss is None:
+        first = [next(stream) for _ in range(16)]
+        with torch.no_grad():
+            parts = [forward_parts(None, b, RemixLoss(), schedule.rim) for b in first]
+        state.loss = RemixLoss().calibrated(torch.cat(parts, dim=1))
+        stream = batches(simulator, schedule, state.step, where)
+        LOGGER.info("loss factors %s", dict(zip(PARTS, state.loss.factors, strict=True)))
+
+    log = folder / "log.csv"
+    fresh = not log.exists()
+    with log.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if fresh:
+            writer.writerow(["step", "rate", "loss", *PARTS, "validation_gain_db"])
+        recent: list[list[float]] = []
+        bar = tqdm(total=schedule.steps, initial=state.step, desc=folder.name, disable=not progress)
+        for batch in stream:
+            if state.step >= schedule.steps:
+                break
+            rate = schedule.rate_at(state.step)
+            for group in state.optimiser.param_groups:
+                group["lr"] = rate
+            parts = forward_parts(state.network, batch, state.loss, schedule.rim)
+            total = state.loss(parts)
+            state.optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(state.network.parameters(), schedule.clip)
+            state.optimiser.step()
+            state.step += 1
+            # A young average would remember the start for too long.
+            keep = min(schedule.ema, (1 + state.step) / (10 + state.step))
+            for mean, value in zip(
+                state.average.parameters(), state.network.parameters(), strict=True
+            ):
+                mean.lerp_(value.detach(), 1 - keep)
+            recent.append([float(total.detach()), *parts.detach().mean(dim=1).tolist()])
+            bar.update()
+            if state.step % schedule.validate_every == 0 or state.step == schedule.steps:
+                gain = check(state.average, where)
+                means = np.mean(recent, axis=0)
+                recent = []
+                writer.writerow(
+                    [state.step, f"{rate:.3g}", *(f"{v:.5f}" for v in means), f"{gain:.3f}"]
+                )
+                file.flush()
+                bar.set_postfix(gain=f"{gain:.2f} dB")
+                if gain > state.best:
+                    state.best = gain
+                    save_network(state.average, best, step=state.step, validation_gain_db=gain)
+                state.save(checkpoint)
+        bar.close()
+    return best
