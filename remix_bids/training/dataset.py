@@ -276,7 +276,7 @@ class Simulator:
         return 2**31
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Patches of volume ``index``: inputs (n, 3, p, p, p), targets (n, p, p, p), detail (n,)."""
+        """Volume ``index``: inputs (n, 3, p, p, p), targets (n, p, p, p) and detail (n,)."""
         pair, rng = self.pair(index)
         return draw_patches(rng, pair, self.patches_per_volume, self.patch)
 

@@ -1,0 +1,127 @@
+"""remix-experts: harvest | prepare | train | evaluate | simulate."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+from remix_bids import __version__
+from remix_bids.errors import RemixError, UsageError
+
+
+def _recipe(path: Path | None) -> Path:
+    return path or Path(str(resources.files("remix_bids.data").joinpath("recipe.toml")))
+
+
+def harvest(args: argparse.Namespace) -> None:
+    """Write a bank of acquisitions from a list of header records."""
+    from remix_bids.harvest import geometries_from_records
+    from remix_bids.simulation.acquisition import save_bank
+
+    bank = geometries_from_records(args.records)
+    save_bank(bank, args.output)
+    held_out = sum(g.held_out for g in bank)
+    persons = len({g.group for g in bank})
+    print(f"{len(bank)} geometries of {persons} persons, {held_out} held out: {args.output}")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Register high-resolution scans to the working grid."""
+    from remix_bids.registration.affine import Templates
+    from remix_bids.training.prepare import prepare as run
+
+    recipe = tomllib.loads(_recipe(args.recipe).read_text())["persons"]
+    scans = {
+        path.name.split("_")[0].removeprefix("sub-"): path
+        for path in sorted(args.bids_dir.glob("sub-*/**/anat/*_T1w.nii.gz"))
+    }
+    if not scans:
+        raise UsageError(f"{args.bids_dir} holds no sub-*/anat/*_T1w.nii.gz; name a BIDS dataset")
+    run(
+        scans,
+        Templates(args.template, args.template_mask),
+        args.output,
+        validation=recipe["validation"],
+        held_out=recipe["held_out"],
+        n_procs=args.nprocs,
+    )
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train the stages of a recipe in their order."""
+    from remix_bids.training.recipe import run_recipe
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_recipe(args.recipe), args.output / "recipe.toml")
+    run_recipe(
+        args.output / "recipe.toml",
+        args.prepared,
+        args.output,
+        only=args.stage,
+        device=args.device,
+        workers=args.workers,
+    )
+
+
+def export(args: argparse.Namespace) -> None:
+    """Collect trained stages into a folder of experts with its table."""
+    from remix_bids.training.recipe import export_experts
+
+    print(export_experts(args.trained, args.output))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The parser of ``remix-experts``."""
+    parser = argparse.ArgumentParser(prog="remix-experts", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"remix-experts {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("harvest", help=harvest.__doc__)
+    p.add_argument("records", type=Path, help="JSON list of header records")
+    p.add_argument("output", type=Path, help="bank to write")
+    p.set_defaults(run=harvest)
+
+    p = commands.add_parser("prepare", help=prepare.__doc__)
+    p.add_argument("bids_dir", type=Path, help="BIDS dataset of high-resolution T1w scans")
+    p.add_argument("output", type=Path)
+    p.add_argument("--template", type=Path, required=True, help="T1w template with skull")
+    p.add_argument("--template-mask", type=Path, required=True, help="its brain mask")
+    p.add_argument("--recipe", type=Path, help="default: the shipped one")
+    p.add_argument("--nprocs", type=int, default=1)
+    p.set_defaults(run=prepare)
+
+    p = commands.add_parser("train", help=train.__doc__)
+    p.add_argument("prepared", type=Path, help="folder that `prepare` wrote")
+    p.add_argument("output", type=Path, help="one folder per stage; run again to go on")
+    p.add_argument("--recipe", type=Path, help="default: the shipped one")
+    p.add_argument("--stage", action="append", help="only this stage (can be repeated)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--workers", type=int, default=1, help="processes that simulate")
+    p.set_defaults(run=train)
+
+    p = commands.add_parser("export", help=export.__doc__)
+    p.add_argument("trained", type=Path, help="folder that `train` wrote")
+    p.add_argument("output", type=Path)
+    p.set_defaults(run=export)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = get_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        args.run(args)
+    except RemixError as error:
+        print(f"remix-experts: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

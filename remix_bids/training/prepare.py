@@ -1,0 +1,97 @@
+"""High-resolution scans to training targets: one registration, one interpolation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from remix_bids.experts.inference import intensity_scale
+from remix_bids.registration.affine import Templates, register_affine
+from remix_bids.spatial import WORKING_GRID, Grid, coverage, index_map, resample
+
+LOGGER = logging.getLogger(__name__)
+
+
+def load_image(path: Path) -> tuple[torch.Tensor, Grid]:
+    """A 3D image as float32 tensor, and its grid."""
+    image = nib.load(path)
+    data = np.asarray(image.dataobj, dtype=np.float32)
+    data = data.reshape(data.shape[:3])
+    return torch.from_numpy(data), Grid(data.shape, image.affine)
+
+
+def prepare_person(path: Path, templates: Templates, *, n_procs: int, seed: int) -> dict:
+    """Register one scan and bring it to the working grid.
+
+    Returns
+    -------
+    dict
+        ``image`` (float16, 181 x 217 x 181, 1 is the 99.5th percentile of the foreground),
+        ``world``, ``voxel_sizes``, ``head``, ``score`` and ``warnings`` of the registration.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = register_affine(
+            path, templates, n_procs=n_procs, random_seed=seed, work_dir=Path(folder)
+        )
+    native, grid = load_image(path)
+    mapping = index_map(WORKING_GRID, grid, found.matrix)
+    covered = coverage(mapping, grid.shape, WORKING_GRID.shape)
+    image = (resample(native, mapping, WORKING_GRID.shape) * covered).clamp(min=0)
+    image = image / intensity_scale(image, covered)
+    return {
+        "image": image.half().numpy(),
+        "world": found.matrix.tolist(),
+        "voxel_sizes": [round(float(v), 4) for v in grid.voxel_sizes],
+        "head": not found.skull_stripped,
+        "score": round(float(found.score), 4),
+        "warnings": found.warnings,
+    }
+
+
+def prepare(
+    scans: Mapping[str, Path],
+    templates: Templates,
+    folder: Path,
+    *,
+    validation: Sequence[str],
+    held_out: Sequence[str],
+    n_procs: int = 1,
+    seed: int = 0,
+) -> None:
+    """Prepare many persons; those already in ``folder`` are kept.
+
+    Parameters
+    ----------
+    scans : mapping of str to Path
+        Person to high-resolution T1w.
+    folder : Path
+        Receives one ``.npy`` per person, ``strip_mask.npy`` (the template's brain) and
+        ``persons.json``.
+    validation, held_out : sequence of str
+        Persons who are never trained on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = folder / "persons.json"
+    rows = json.loads(table.read_text())["persons"] if table.exists() else []
+    done = {row["name"] for row in rows}
+    if templates.brain_mask is not None:
+        mask, grid = load_image(templates.brain_mask)
+        mask = resample(mask, index_map(WORKING_GRID, grid), WORKING_GRID.shape, "linear")
+        np.save(folder / "strip_mask.npy", (mask > 0.5).numpy())
+    for name, path in scans.items():
+        if name in done:
+            continue
+        row = prepare_person(path, templates, n_procs=n_procs, seed=seed)
+        np.save(folder / f"{name}.npy", row.pop("image"))
+        split = "validation" if name in validation else "held_out" if name in held_out else "train"
+        rows.append({"name": name, "file": f"{name}.npy", "split": split, **row})
+        table.write_text(json.dumps({"persons": rows}, indent=1))
+        kind = "head" if row["head"] else "brain"
+        LOGGER.info("%s: %s, %s, score %.2f %s", name, kind, split, row["score"], row["warnings"])

@@ -1,0 +1,126 @@
+"""From a recipe to trained stages, and from those to a folder of experts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from remix_bids.experts.registry import GENERAL
+from remix_bids.experts.unet import ResidualUNet
+from remix_bids.simulation.acquisition import load_bank
+from remix_bids.training.dataset import Simulator, load_persons
+from remix_bids.training.losses import RemixLoss
+from remix_bids.training.trainer import Schedule, train
+
+LOGGER = logging.getLogger(__name__)
+EXPERTS = [str(k) for k in range(1, 8)]
+
+
+def class_weights(stage: str, settings: dict[str, Any], own_share: float) -> tuple[float, ...]:
+    """How often a stage draws each class: as told, or an expert's own class and its neighbours."""
+    if "classes" in settings:
+        return tuple(float(w) for w in settings["classes"])
+    k = int(stage)
+    near = [n for n in (k - 1, k + 1) if 1 <= n <= 7]
+    weights = dict.fromkeys(near, (1 - own_share) / len(near)) | {k: own_share}
+    return tuple(weights.get(c, 0.0) for c in range(1, 8))
+
+
+def run_recipe(
+    recipe_file: Path,
+    prepared: Path,
+    output: Path,
+    *,
+    only: Sequence[str] | None = None,
+    device: str = "cpu",
+    workers: int = 1,
+) -> None:
+    """Train the stages of a recipe; finished stages are kept, a stopped one goes on.
+
+    Parameters
+    ----------
+    recipe_file : Path
+        TOML; see ``remix_bids/data/recipe.toml``.
+    prepared : Path
+        Folder of `remix_bids.training.prepare.prepare`.
+    output : Path
+        Gets one folder per stage.
+    only : sequence of str, optional
+        Stages to run; all by default.
+    """
+    recipe = tomllib.loads(recipe_file.read_text())
+    data = recipe["data"]
+    bank = [g for g in load_bank() if not g.held_out]
+    mask = np.load(prepared / "strip_mask.npy", allow_pickle=False)
+    common = {
+        "bank": bank,
+        "strip_mask": torch.from_numpy(mask).to(device),
+        "patch": data["patch"],
+        "patches_per_volume": data["patches_per_volume"],
+        "head_share": data["head_share"],
+    }
+    persons = load_persons(prepared, "train", device)
+    unseen = load_persons(prepared, "validation", device)
+    loss: RemixLoss | None = None
+    for number, (stage, settings) in enumerate(recipe["stages"].items()):
+        if only and stage not in only:
+            continue
+        weights = class_weights(stage, settings, data["own_share"])
+        seed = data["seed"] + 1000 * number
+        simulator = Simulator(persons, class_weights=weights, seed=seed, **common)
+        validation = Simulator(
+            unseen, class_weights=weights, seed=data["seed"] + 7, **common
+        ).for_validation(data["seed"] + 7)
+        torch.manual_seed(data["seed"])
+        network = ResidualUNet(recipe["network"]["inputs"], tuple(recipe["network"]["widths"]))
+        if "start" in settings:
+            start = output / settings["start"] / "best.safetensors"
+            network.load_state_dict({k: v.float() for k, v in load_file(str(start)).items()})
+        own = {k: v for k, v in settings.items() if k not in ("start", "classes")}
+        schedule = Schedule(workers=workers, **own)
+        LOGGER.info("stage %s: %d steps, classes %s", stage, schedule.steps, weights)
+        train(network, simulator, validation, schedule, output / stage, device=device, loss=loss)
+
+
+def export_experts(trained: Path, output: Path) -> Path:
+    """Copy the best weights of the seven experts and the general network, and write their table.
+
+    Returns
+    -------
+    Path
+        Of ``experts.toml``.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lines = ["# Written by `remix-experts export`; volumes in mm3.", ""]
+    for name in (*EXPERTS, GENERAL):
+        source = trained / name / "best.safetensors"
+        file = f"expert-{name}.safetensors" if name != GENERAL else "general.safetensors"
+        shutil.copy(source, output / file)
+        with safe_open(str(source), framework="pt") as weights:
+            provenance = json.loads(weights.metadata()["provenance"])
+        low, high = (0.0, 1e9) if name == GENERAL else (int(name) - 0.5, int(name) + 0.5)
+        low, high = (0.0 if name == "1" else low), (1e9 if name == "7" else high)
+        lines += [
+            f"[expert.{name}]",
+            f'file = "{file}"',
+            f'sha256 = "{hashlib.sha256((output / file).read_bytes()).hexdigest()}"',
+            f"lower = {low}",
+            f"upper = {high}",
+            f"steps = {provenance['step']}",
+            f"validation_gain_db = {provenance['validation_gain_db']:.3f}",
+            "",
+        ]
+    table = output / "experts.toml"
+    table.write_text("\n".join(lines))
+    return table
