@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import logging
 import shutil
 import sys
@@ -16,6 +17,18 @@ from remix_bids.errors import RemixError, UsageError
 
 def _recipe(path: Path | None) -> Path:
     return path or Path(str(resources.files("remix_bids.data").joinpath("recipe.toml")))
+
+
+def _coverage(table: Path) -> dict[str, bool]:
+    """Who is skull-stripped, by the column ``coverage`` ('brain', 'head, ...') if there is one."""
+    if not table.is_file():
+        return {}
+    with table.open(newline="") as file:
+        return {
+            row["participant_id"].removeprefix("sub-"): row["coverage"].startswith("brain")
+            for row in csv.DictReader(file, delimiter="\t")
+            if row.get("coverage")
+        }
 
 
 def harvest(args: argparse.Namespace) -> None:
@@ -46,8 +59,9 @@ def prepare(args: argparse.Namespace) -> None:
         scans,
         Templates(args.template, args.template_mask),
         args.output,
-        validation=recipe["validation"],
-        held_out=recipe["held_out"],
+        validation=[] if args.test else recipe["validation"],
+        held_out=list(scans) if args.test else recipe["held_out"],
+        skull_stripped=_coverage(args.bids_dir / "participants.tsv"),
         n_procs=args.nprocs,
     )
 
@@ -92,6 +106,7 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--template", type=Path, required=True, help="T1w template with skull")
     p.add_argument("--template-mask", type=Path, required=True, help="its brain mask")
     p.add_argument("--recipe", type=Path, help="default: the shipped one")
+    p.add_argument("--test", action="store_true", help="all persons are held out: for `evaluate`")
     p.add_argument("--nprocs", type=int, default=1)
     p.set_defaults(run=prepare)
 

@@ -27,7 +27,9 @@ def load_image(path: Path) -> tuple[torch.Tensor, Grid]:
     return torch.from_numpy(data), Grid(data.shape, image.affine)
 
 
-def prepare_person(path: Path, templates: Templates, *, n_procs: int, seed: int) -> dict:
+def prepare_person(
+    path: Path, templates: Templates, *, skull_stripped: bool | None, n_procs: int, seed: int
+) -> dict:
     """Register one scan and bring it to the working grid.
 
     Returns
@@ -38,7 +40,12 @@ def prepare_person(path: Path, templates: Templates, *, n_procs: int, seed: int)
     """
     with tempfile.TemporaryDirectory() as folder:
         found = register_affine(
-            path, templates, n_procs=n_procs, random_seed=seed, work_dir=Path(folder)
+            path,
+            templates,
+            skull_stripped=skull_stripped,
+            n_procs=n_procs,
+            random_seed=seed,
+            work_dir=Path(folder),
         )
     native, grid = load_image(path)
     mapping = index_map(WORKING_GRID, grid, found.matrix)
@@ -62,6 +69,7 @@ def prepare(
     *,
     validation: Sequence[str],
     held_out: Sequence[str],
+    skull_stripped: Mapping[str, bool] | None = None,
     n_procs: int = 1,
     seed: int = 0,
 ) -> None:
@@ -76,7 +84,10 @@ def prepare(
         ``persons.json``.
     validation, held_out : sequence of str
         Persons who are never trained on.
+    skull_stripped : mapping of str to bool, optional
+        Whether a person's image is a stripped brain, where that is known; found out otherwise.
     """
+    known = skull_stripped or {}
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "persons.json"
     rows = json.loads(table.read_text())["persons"] if table.exists() else []
@@ -88,7 +99,9 @@ def prepare(
     for name, path in scans.items():
         if name in done:
             continue
-        row = prepare_person(path, templates, n_procs=n_procs, seed=seed)
+        row = prepare_person(
+            path, templates, skull_stripped=known.get(name), n_procs=n_procs, seed=seed
+        )
         np.save(folder / f"{name}.npy", row.pop("image"))
         split = "validation" if name in validation else "held_out" if name in held_out else "train"
         rows.append({"name": name, "file": f"{name}.npy", "split": split, **row})

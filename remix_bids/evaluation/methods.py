@@ -1,0 +1,46 @@
+"""Ways of getting from an acquired image to the working grid; all see the same native voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from remix_bids.experts.inference import enhance
+from remix_bids.experts.registry import ExpertRecord
+from remix_bids.experts.unet import ResidualUNet
+from remix_bids.simulation.acquisition import Acquisition
+from remix_bids.simulation.degrade import LowResolution, acquire, restore_grid
+from remix_bids.spatial import Grid
+
+
+def interpolate(native: Tensor, acquisition: Acquisition, grid: Grid, order: str) -> Tensor:
+    """No model: linear or cubic interpolation."""
+    return restore_grid(native, acquisition.grid, acquisition.world, grid, order=order).image
+
+
+def back_project(
+    native: Tensor,
+    acquisition: Acquisition,
+    grid: Grid,
+    start: Tensor,
+    iterations: int,
+    step: float,
+) -> Iterator[Tensor]:
+    """Iterative back-projection (Irani and Peleg 1991): x <- x + step B(y - A x).
+
+    A is the acquisition with its true slice profile, B cubic interpolation. Yields every iterate.
+    """
+    x = start
+    for _ in range(iterations):
+        missing = native - acquire(x, acquisition, grid)
+        back = restore_grid(missing, acquisition.grid, acquisition.world, grid)
+        x = (x + step * back.image).clamp(min=0) * back.covered
+        yield x
+
+
+def run_expert(low: LowResolution, record: ExpertRecord, network: ResidualUNet) -> Tensor:
+    """An expert on the interpolated image."""
+    arrays = (low.image.numpy(), low.covered.numpy(), low.phase.numpy())
+    return torch.from_numpy(enhance(*arrays, record, network=network))
