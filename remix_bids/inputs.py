@@ -54,7 +54,7 @@ def collect_scans(config: RunConfig, filters: dict[str, Any]) -> list[Scan]:
         )
     layout = _layout(config, subjects)
     wanted = config.participant_label or tuple(subjects)
-    _check_sessions(config, wanted)
+    _check_sessions(config, subjects)
     query: dict[str, Any] = {
         "datatype": "anat",
         "suffix": "T1w",
@@ -110,7 +110,7 @@ def _subject_labels(bids_dir: Path) -> list[str]:
         raise UsageError(f"{bids_dir} cannot be read: {error}") from None
 
 
-def _check_sessions(config: RunConfig, subjects: tuple[str, ...]) -> None:
+def _check_sessions(config: RunConfig, subjects: list[str]) -> None:
     if not config.session_label:
         return
     known: set[str] = set()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from nipype.interfaces.base import (
@@ -14,6 +15,10 @@ from nipype.interfaces.base import (
     TraitedSpec,
     traits,
 )
+
+if TYPE_CHECKING:  # torch is imported by workers only
+    from remix_bids.experts.registry import ExpertRecord
+    from remix_bids.experts.unet import ResidualUNet
 
 NO_EXPERT = "none"
 FINE_ENOUGH = 1.05  # mm: with all sides at most this long there is nothing to gain at 1 mm
@@ -137,7 +142,8 @@ class Enhance(SimpleInterface):
             record = load_registry(Path(self.inputs.expert_file).parent)[self.inputs.expert]
             covered = np.asanyarray(nb.load(self.inputs.coverage).dataobj) > 0
             phase = np.asanyarray(nb.load(self.inputs.phase).dataobj, dtype=np.float32)
-            high = enhance(low, covered, phase, record, device=device)
+            network = _loaded_expert(record)
+            high = enhance(low, covered, phase, record, device=device, network=network)
             scaling = (
                 "99.5th percentile of the foreground inside the field of view to 1 for the "
                 "network, undone afterwards"
@@ -148,6 +154,14 @@ class Enhance(SimpleInterface):
         self._results["device"] = device_name(device)
         self._results["intensity_scaling"] = scaling
         return runtime
+
+
+@lru_cache(maxsize=8)
+def _loaded_expert(record: ExpertRecord) -> ResidualUNet:
+    """An expert, kept by the worker process for the next image."""
+    from remix_bids.experts.inference import load_expert
+
+    return load_expert(record)
 
 
 def device_name(device: str) -> str:

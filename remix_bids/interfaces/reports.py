@@ -15,7 +15,6 @@ from nipype.interfaces.base import (
     Str,
     TraitedSpec,
     isdefined,
-    traits,
 )
 
 from remix_bids.interfaces.resample import brain_on_working_grid, on_working_grid
@@ -86,7 +85,6 @@ class PlotEnhancement(SimpleInterface):
 class _SummarizeInputSpec(BaseInterfaceInputSpec):
     sidecar = File(exists=True, mandatory=True)
     source = Str(mandatory=True, desc="name of the scan")
-    shape = traits.List(traits.Int, desc="voxels of the native image")
 
 
 class Summarize(SimpleInterface):
@@ -119,7 +117,7 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
         ("Registration score", f"{sidecar['RegistrationScore']:.2f}"),
         (
             "Volume change",
-            f"{sidecar['AffineDeterminant']:.3f} mm3 of the person per mm3 of {sidecar['Space']}",
+            f"{sidecar['AffineDeterminant']:.3f} mm3 of the person per mm3 of the output",
         ),
         ("Brain in the field of view", f"{100 * sidecar['BrainCoverage']:.0f} %"),
         ("Made on", sidecar["Device"]),

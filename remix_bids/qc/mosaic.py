@@ -42,7 +42,7 @@ def choose_cuts(mask: np.ndarray, n: int) -> Cuts:
     for axis in range(3):
         others = tuple(a for a in range(3) if a != axis)
         hits = np.flatnonzero(mask.any(axis=others))
-        chosen.append(tuple(int(round(c)) for c in np.linspace(hits[0], hits[-1], n + 2)[1:-1]))
+        chosen.append(tuple(round(float(c)) for c in np.linspace(hits[0], hits[-1], n + 2)[1:-1]))
     return Cuts(*chosen)
 
 

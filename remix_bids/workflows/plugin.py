@@ -41,7 +41,7 @@ class RemixMultiProcPlugin(MultiProcPlugin):
     """MultiProc in which a killed worker is one failed node, not the end of the world.
 
     Besides Nipype's, ``plugin_args`` may hold ``fresh_workers`` (bool): end a worker after every
-    node, which gives its memory back.
+    node, which gives its memory back; and ``worker_log_level`` (int), what workers print.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class RemixMultiProcPlugin(MultiProcPlugin):
         self.n_run = self.n_cached = 0
 
     def _new_slot(self) -> ProcessPoolExecutor:
-        level = logging.getLogger("nipype.workflow").level
+        level = self.plugin_args.get("worker_log_level", logging.getLogger("nipype.workflow").level)
         return ProcessPoolExecutor(
             max_workers=1,
             initializer=_start_worker,

@@ -1,0 +1,282 @@
+"""remix-bids: parse -> check -> build -> run -> report -> one exit code.
+
+======  ==================================================
+status  meaning
+======  ==================================================
+0       all done
+1       some scan or report failed, the others are done
+2       wrong arguments
+66      nothing to do
+70      the graph could not be built
+78      a template or an expert is missing
+======  ==================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remix_bids import __version__
+from remix_bids.cli.parser import parse_args, read_filters
+from remix_bids.config import RunConfig
+from remix_bids.errors import GraphError, RemixError, UsageError
+
+if TYPE_CHECKING:  # nothing heavy is imported before the arguments are known to be right
+    from remix_bids.inputs import Scan
+    from remix_bids.templates import Template
+    from remix_bids.workflows.run import Outcome
+
+LOGGER = logging.getLogger("remix_bids")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: all that is needed to build its graph."""
+
+    config: RunConfig
+    scans: tuple[Scan, ...]
+    template: Template
+    experts_table: Path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``remix-bids`` command."""
+    # Neither Nipype nor anything else may call home; both are read when Nipype is imported.
+    os.environ["NO_ET"] = os.environ["NIPYPE_NO_ET"] = "1"
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Do everything; return the exit code."""
+    try:
+        config = parse_args(argv)
+    except UsageError as error:
+        print(f"remix-bids: error: {error}", file=sys.stderr)
+        return error.exit_code
+    start_logging(config)
+    try:
+        job = check(config)
+        if job.config.dry_run:
+            return describe(job)
+        outcome = work(job)
+    except RemixError as error:
+        print(f"remix-bids: error: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, UsageError):
+            print("0 done, 0 failed", flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("remix-bids: interrupted", file=sys.stderr, flush=True)
+        return 130
+    failed_reports = report(job, outcome)
+    return conclude(outcome, failed_reports)
+
+
+def start_logging(config: RunConfig) -> None:
+    """Say progress and warnings on standard output; more with -v."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOGGER.handlers = [handler]
+    LOGGER.propagate = False
+    LOGGER.setLevel(logging.INFO if config.verbose else logging.WARNING)
+
+
+def check(config: RunConfig) -> Job:
+    """Find scans, template, experts and resources; stop early when something is not right.
+
+    Raises
+    ------
+    RemixError
+    """
+    from remix_bids.derivatives import check_output_dataset
+    from remix_bids.experts.registry import load_registry
+    from remix_bids.inputs import collect_scans, run_validator
+    from remix_bids.templates import find_template
+
+    check_output_dataset(config.output_dir)
+    config = with_resources(config)
+    scans = collect_scans(config, read_filters(config))
+    complaints = run_validator(config)
+    if complaints:
+        LOGGER.warning("bids-validator-deno has complaints; going on:\n%s\n", complaints)
+        if not config.dry_run:
+            log = config.output_dir / "logs" / f"bids-validator_{config.run_uuid}.txt"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(complaints + "\n")
+    template = find_template(config.output_spaces, offline=config.offline)
+    registry = load_registry(config.experts_dir)
+    records = list(registry) if config.expert == "auto" else [registry[config.expert]]
+    for record in records:
+        record.check()
+    table = records[0].path.parent / "experts.toml"
+    return Job(config, tuple(scans), template, table)
+
+
+def with_resources(config: RunConfig) -> RunConfig:
+    """Fill in what the command line leaves open about processors, memory and graphics card."""
+    from remix_bids.resources import available_cpus, available_memory_gb, resolve_device
+
+    nprocs = config.nprocs or available_cpus()
+    device = resolve_device(config.device)
+    if config.resource_monitor:
+        try:
+            import psutil  # noqa: F401
+        except ImportError:
+            raise UsageError("--resource-monitor needs psutil: pip install psutil") from None
+    if config.use_plugin is not None:
+        from remix_bids.workflows.run import read_plugin_file
+
+        read_plugin_file(config.use_plugin)
+    return config.with_(
+        nprocs=nprocs,
+        omp_nthreads=min(config.omp_nthreads or 4, nprocs),
+        mem_gb=config.mem_gb or 0.9 * available_memory_gb(n_cpus=nprocs),
+        device=device,
+        n_gpu_procs=(config.n_gpu_procs or 1) if device.startswith("cuda") else 0,
+    )
+
+
+def build(job: Job) -> Any:
+    """The graph of the run.
+
+    Raises
+    ------
+    GraphError
+    """
+    from remix_bids.workflows.base import init_remix_wf
+
+    try:
+        return init_remix_wf(
+            config=job.config,
+            scans=job.scans,
+            template=job.template,
+            experts_table=job.experts_table,
+        )
+    except RemixError:
+        raise
+    except Exception as error:
+        raise GraphError(f"the graph cannot be built: {type(error).__name__}: {error}") from error
+
+
+def describe(job: Job) -> int:
+    """Say what would be done (``--dry-run``)."""
+    from remix_bids.naming import output_names
+
+    workflow = build(job)
+    if job.config.write_graph:
+        draw(workflow, job.config)
+    for scan in job.scans:
+        image = output_names(scan.path, job.template.space).image
+        print(f"{scan.path} -> {job.config.output_dir / image}")
+    config = job.config
+    print(
+        f"dry run: {len(job.scans)} scan(s), template {job.template.t1w}, experts of "
+        f"{job.experts_table.parent}, {config.nprocs} processor(s), {config.mem_gb:.1f} GB, "
+        f"device {config.device}; nothing was done"
+    )
+    print("0 done, 0 failed", flush=True)
+    return 0
+
+
+def draw(workflow: Any, config: RunConfig) -> None:
+    """Write the graph to the working folder, as a drawing where graphviz is installed."""
+    folder = config.work_dir / workflow.name
+    folder.mkdir(parents=True, exist_ok=True)
+    workflow.write_graph(dotfilename="graph.dot", graph2use="colored", format="dot")
+    dot, svg = folder / "graph.dot", folder / "graph.svg"
+    program = shutil.which("dot")
+    if program is None:
+        LOGGER.warning("graph: %s (install graphviz to have it drawn)", dot)
+        return
+    subprocess.run([program, "-Tsvg", "-o", str(svg), str(dot)], check=False)  # noqa: S603
+    LOGGER.warning("graph: %s", svg)
+
+
+def work(job: Job) -> Outcome:
+    """Build the graph, prepare the folders, run."""
+    from nipype import config as nipype_config
+    from nipype import logging as nipype_logging
+
+    from remix_bids.derivatives import write_dataset_files, write_text
+    from remix_bids.workflows.base import ROOT, log_dir, renew_missing_outputs
+    from remix_bids.workflows.run import execute
+
+    config = job.config
+    level = {0: logging.CRITICAL, 1: logging.INFO}.get(config.verbose, logging.DEBUG)
+    for name in ("nipype.workflow", "nipype.interface", "nipype.utils"):
+        nipype_logging.getLogger(name).setLevel(level)
+    if config.clean_workdir and (config.work_dir / ROOT).exists():
+        shutil.rmtree(config.work_dir / ROOT)
+    workflow = build(job)
+    try:
+        config.work_dir.mkdir(parents=True, exist_ok=True)
+        write_dataset_files(config.output_dir, config.bids_dir)
+        for subject in sorted({scan.subject for scan in job.scans}):
+            write_text(log_dir(config, subject) / "remix_bids.toml", config.to_toml())
+    except OSError as error:
+        raise UsageError(f"cannot write: {error}") from error
+    if config.write_graph:
+        draw(workflow, config)
+    if config.resource_monitor:
+        nipype_config.enable_resource_monitor()
+    renew_missing_outputs(workflow)
+    LOGGER.warning(
+        "remix-bids %s: %d scan(s) of %d subject(s), template %s, device %s, %d processor(s)",
+        __version__,
+        len(job.scans),
+        len({scan.subject for scan in job.scans}),
+        job.template.space,
+        config.device,
+        config.nprocs,
+    )
+    return execute(workflow, config, job.scans)
+
+
+def report(job: Job, outcome: Outcome) -> list[str]:
+    """Rebuild the page of every subject; return those that could not be built."""
+    from remix_bids.reports.individual import build_report
+
+    about = {
+        "Made": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "Settings": f"log/{job.config.run_uuid}/remix_bids.toml",
+        "Template": str(job.template.t1w),
+        "Experts": str(job.experts_table.parent),
+    }
+    failed = []
+    for subject in sorted({scan.subject for scan in job.scans}):
+        try:
+            page = build_report(job.config.output_dir, subject, job.config.run_uuid, about)
+            LOGGER.warning("report: %s", page)
+        except Exception as error:  # a page that fails must not hide the result of the run
+            LOGGER.error("report of sub-%s FAILED: %s: %s", subject, type(error).__name__, error)
+            LOGGER.debug("", exc_info=True)
+            failed.append(subject)
+    return failed
+
+
+def conclude(outcome: Outcome, failed_reports: list[str]) -> int:
+    """Print the last lines; the one place where the exit code of a run is decided."""
+    for scan, reason in outcome.failed.items():
+        LOGGER.error("%s: %s", scan.label, reason)
+    if outcome.n_run is not None:
+        LOGGER.warning("nodes: %d run, %d cached", outcome.n_run, outcome.n_cached)
+    line = f"{len(outcome.done)} done, {len(outcome.failed)} failed"
+    if outcome.crash_files:
+        line += ": " + " ".join(str(path) for path in outcome.crash_files)
+    print(line, flush=True)
+    if outcome.missing_resource:
+        return 78
+    return 1 if outcome.failed or failed_reports else 0
+
+
+if __name__ == "__main__":
+    main()

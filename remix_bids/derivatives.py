@@ -1,0 +1,98 @@
+"""The files that make an output folder a BIDS derivative dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from remix_bids import __version__
+from remix_bids.errors import UsageError
+
+NAME = "remix-bids"
+BIDS_VERSION = "1.10.0"
+IGNORED = ("**/figures", "**/log", "logs", "group_*", "*_xfm.*", "*_qc.json", "*.html")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all; leave an equal one alone."""
+    if path.is_file() and path.read_text() == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def check_output_dataset(output_dir: Path) -> None:
+    """Refuse a folder that holds another dataset.
+
+    Raises
+    ------
+    UsageError
+        With a suggestion.
+    """
+    path = output_dir / "dataset_description.json"
+    if not path.is_file():
+        return
+    content = _read_json(path)
+    makers = [m.get("Name") for m in content.get("GeneratedBy", []) if isinstance(m, dict)]
+    if NAME not in makers:
+        owner = ", ".join(str(m) for m in makers if m) or content.get("Name", "unknown")
+        raise UsageError(
+            f"the output folder {output_dir} already holds another dataset ({owner}); "
+            f"use for example {output_dir / NAME}"
+        )
+
+
+def write_dataset_files(output_dir: Path, bids_dir: Path) -> None:
+    """Write ``dataset_description.json`` and ``.bidsignore`` where they differ from what is there.
+
+    Parameters
+    ----------
+    output_dir, bids_dir : Path
+        The results, and the dataset they come from (linked as ``raw``).
+    """
+    raw = _read_json(bids_dir / "dataset_description.json")
+    source: dict[str, str] = {}
+    if raw.get("DatasetDOI"):
+        source["URL"] = str(raw["DatasetDOI"])
+    maker: dict[str, Any] = {"Name": NAME, "Version": __version__}
+    if os.environ.get("REMIX_BIDS_CONTAINER"):  # set in the image, for example docker:name:tag
+        kind, _, tag = os.environ["REMIX_BIDS_CONTAINER"].partition(":")
+        maker["Container"] = {"Type": kind, "Tag": tag}
+    description: dict[str, Any] = {
+        "Name": f"{NAME}: super-resolved T1w images of {raw.get('Name') or bids_dir.name}",
+        "BIDSVersion": BIDS_VERSION,
+        "DatasetType": "derivative",
+        "GeneratedBy": [maker],
+        "DatasetLinks": {"raw": bids_dir.resolve().as_uri()},
+    }
+    if source:
+        description["SourceDatasets"] = [source]
+    if raw.get("License"):
+        description["License"] = raw["License"]
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    write_text(output_dir / "dataset_description.json", text)
+    _write_bidsignore(output_dir / ".bidsignore")
+
+
+def _write_bidsignore(path: Path) -> None:
+    """Add our lines to those that are there."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    missing = [line for line in IGNORED if line not in lines]
+    if missing:
+        write_text(path, "\n".join([*lines, *missing]) + "\n")

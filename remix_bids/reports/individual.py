@@ -1,0 +1,185 @@
+"""The HTML report of one subject, built with nireports from all figures of the subject.
+
+nireports finds figures with PyBIDS, which does not know all entities a T1w image may have, and
+its page loads styles from the network. So the figures are found here, and the page is our own;
+nireports brings the structure of sections and the reading of crash files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from nireports.assembler.misc import read_crashfile
+from nireports.assembler.report import Report, SubReport
+
+from remix_bids import __version__
+from remix_bids.naming import join_name, split_name, workflow_name
+
+TEMPLATE = "report.tpl"
+SPECIFICATION = "reports-spec.yml"
+
+
+class Fragment:
+    """One piece of a section: what nireports calls a reportlet."""
+
+    def __init__(self, contents: str, subtitle: str = "", description: str = "") -> None:
+        self.name = self.title = None
+        self.subtitle = subtitle
+        self.description = description
+        self.components = [(contents, None)]
+
+
+class IndividualReport(Report):
+    """nireports' report with the figures of one subject."""
+
+    def index(self, config: dict[str, Any]) -> None:
+        """Fill the sections: one for each scan, then errors, then about."""
+        subject_dir = Path(config["root"])
+        metadata = config["metadata"]
+        scans = scans_with_figures(subject_dir)
+        self.template_path = Path(str(resources.files("remix_bids.data").joinpath(TEMPLATE)))
+        for label, figures in scans.items():
+            reportlets = []
+            for wanted in config["figures"]:
+                path = figures.get(wanted["desc"])
+                if path is not None:
+                    contents = _figure(path, Path(config["out_dir"]))
+                    reportlets.append(
+                        Fragment(contents, wanted["subtitle"], wanted.get("description", ""))
+                    )
+            self.sections.append(SubReport(label, reportlets=reportlets, title=escape(label)))
+        errors = _errors(subject_dir, scans)
+        self.sections.append(SubReport("errors", reportlets=[Fragment(errors)], title="Errors"))
+        about = _about(metadata["about"])
+        self.sections.append(SubReport("about", reportlets=[Fragment(about)], title="About"))
+
+
+def scans_with_figures(subject_dir: Path) -> dict[str, dict[str, Path]]:
+    """Figures of a subject by scan (name of the source) and ``desc``."""
+    scans: dict[str, dict[str, Path]] = {}
+    for path in sorted((subject_dir / "figures").glob("sub-*_desc-*_*.*")):
+        entities, suffix, extension = split_name(path)
+        desc = entities.pop("desc")
+        if extension in (".svg", ".html"):
+            scans.setdefault(join_name(entities, suffix, ""), {})[desc] = path
+    return scans
+
+
+def _figure(path: Path, root: Path) -> str:
+    if path.suffix == ".html":
+        return path.read_text()
+    link = quote(path.relative_to(root).as_posix())
+    return (
+        f'<object type="image/svg+xml" data="./{link}">{escape(path.name)}</object>\n'
+        f'<small><a href="./{link}" target="_blank">{escape(path.name)}</a></small>'
+    )
+
+
+def open_crash_files(subject_dir: Path) -> list[Path]:
+    """Crash files of all runs, but for scans that have come through since.
+
+    A crash belongs to the scan whose workflow its ``Node:`` line names; the scan has come through
+    when one of its sidecars is younger.
+    """
+    finished: dict[str, float] = {}
+    for sidecar in subject_dir.rglob("*_desc-remix_T1w.json"):
+        entities, suffix, _ = split_name(sidecar)
+        for key in ("space", "res", "desc"):
+            entities.pop(key, None)
+        name = workflow_name(join_name(entities, suffix, ""))
+        finished[name] = max(finished.get(name, 0.0), sidecar.stat().st_mtime)
+    left = []
+    for crash in sorted((subject_dir / "log").glob("*/crash-*.txt")):
+        with crash.open(errors="replace") as file:
+            parts = file.readline().strip().partition(": ")[2].split(".")
+        done = max((finished.get(part, 0.0) for part in parts), default=0.0)
+        if done < crash.stat().st_mtime:
+            left.append(crash)
+    return left
+
+
+def _errors(subject_dir: Path, scans: dict[str, Any]) -> str:
+    crashes = open_crash_files(subject_dir)
+    if not crashes:
+        return '<p class="fine">No errors to report.</p>' if scans else "<p>No scan was done.</p>"
+    parts = [f'<p class="failed">{len(crashes)} step(s) failed.</p>']
+    for crash in crashes:
+        try:
+            details = read_crashfile(str(crash))
+            node, traceback = details.get("node", crash.name), details["traceback"]
+        except (ValueError, IndexError, KeyError, OSError):  # not every crash file is regular
+            node, traceback = crash.name, crash.read_text(errors="replace")
+        traceback = str(traceback).strip()
+        reason = traceback.splitlines()[-1] if traceback else "no message"
+        parts.append(
+            f"<details><summary><b>{escape(str(node))}</b>: {escape(reason)}</summary>"
+            f"<pre>{escape(traceback)}</pre><small>{escape(str(crash))}</small></details>"
+        )
+    return "\n".join(parts)
+
+
+def _about(about: dict[str, str]) -> str:
+    rows = "\n".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in about.items()
+    )
+    return f"<table>\n{rows}\n</table>"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock: jobs over the sessions of one subject share its page."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build_report(output_dir: Path, subject: str, run_uuid: str, about: dict[str, str]) -> Path:
+    """(Re)build ``sub-<label>.html`` from all figures of the subject.
+
+    Parameters
+    ----------
+    output_dir : Path
+    subject : str
+        Label without ``sub-``.
+    run_uuid : str
+    about : dict of str
+        Shown at the end of the page.
+    """
+    target = output_dir / f"sub-{subject}.html"
+    subject_dir = output_dir / f"sub-{subject}"
+    (subject_dir / "log").mkdir(parents=True, exist_ok=True)
+    part = output_dir / f".{target.name}.{run_uuid}.part"
+    specification = resources.files("remix_bids.data").joinpath(SPECIFICATION)
+    with _locked(subject_dir / "log" / ".report.lock"):
+        try:
+            report = IndividualReport(
+                output_dir,
+                run_uuid,
+                bootstrap_file=str(specification),
+                out_filename=str(part),
+                reportlets_dir=str(subject_dir),
+                metadata={"about": {"remix-bids": __version__, **about}},
+                subject=subject,
+            )
+            report.generate_report()
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def read_warnings(sidecar: Path) -> list[str]:
+    """The warnings in a sidecar; none when it is not there."""
+    try:
+        return list(json.loads(sidecar.read_text()).get("Warnings", []))
+    except (OSError, ValueError):
+        return []

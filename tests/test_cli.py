@@ -1,0 +1,331 @@
+"""The command line: every option means what it says, every refusal has its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bids_skeletons import make_dataset
+
+from remix_bids.cli.app import run
+from remix_bids.cli.parser import parse_args
+from remix_bids.config import RunConfig
+from remix_bids.errors import NothingToDoError, UsageError
+from remix_bids.inputs import collect_scans
+from remix_bids.resources import available_cpus, available_memory_gb, parse_memory
+
+NAMES = [
+    "sub-01_ses-a_T1w.nii.gz",
+    "sub-01_ses-b_acq-ax_run-1_T1w.nii.gz",
+    "sub-01_ses-b_acq-ax_run-2_T1w.nii.gz",
+    "sub-02_T1w.nii",
+]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "bids", NAMES)
+
+
+@pytest.fixture
+def parse(dataset, tmp_path):
+    def call(*options, out=None):
+        out = out or tmp_path / "out"
+        work = [] if "-w" in options else ["-w", str(tmp_path / "work")]
+        return parse_args([str(dataset), str(out), "participant", *work, *map(str, options)])
+
+    return call
+
+
+def names(config, filters=None):
+    return [scan.path.name for scan in collect_scans(config, filters or {})]
+
+
+# --- light start ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option):
+    command = [sys.executable, "-X", "importtime", "-m", "remix_bids", option]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = time.monotonic() - start
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "argparse" in imported  # the list is real
+    assert not imported & {"torch", "ants", "nipype", "numpy", "bids", "nibabel", "templateflow"}
+    assert seconds < 3  # well under one second on an idle machine
+    assert "remix-bids" in done.stdout
+
+
+def test_parent_imports_neither_torch_nor_ants(dataset, tmp_path):
+    code = (
+        "import sys\n"
+        "from remix_bids.cli.app import run\n"
+        "status = run(sys.argv[1:])\n"
+        "assert status == 0, status\n"
+        "assert 'nipype' in sys.modules\n"
+        "assert not {'torch', 'ants', 'templateflow', 'nilearn'} & set(sys.modules)\n"
+    )
+    experts = fake_experts(tmp_path)
+    arguments = [dataset, tmp_path / "out", "participant", "-w", tmp_path / "work"]
+    arguments += ["--output-spaces", "MNI152NLin2009aSym", "--offline", "--dry-run"]
+    arguments += ["--experts-dir", experts, "--skip-bids-validation", "--device", "cpu"]
+    environment = {**os.environ, "TEMPLATEFLOW_HOME": str(tmp_path / "tf")}
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, env=environment)
+    assert not (tmp_path / "out").exists()  # a dry run writes nothing
+    assert not (tmp_path / "tf").exists()
+
+
+def fake_experts(tmp_path: Path) -> Path:
+    import hashlib
+
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    (folder / "e.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    rows = []
+    for name in [*"1234567", "general"]:
+        rows.append(
+            f'[expert.{name}]\nfile = "e.safetensors"\nsha256 = "{digest}"\nlower = 0\nupper = 9'
+        )
+    (folder / "experts.toml").write_text("\n".join(rows))
+    return folder
+
+
+# --- syntax --------------------------------------------------------------------------------------
+
+
+def test_both_spellings(parse):
+    dashes = parse("--participant-label", "01", "--omp-nthreads", 2, "--low-mem")
+    underscores = parse("--participant_label", "sub-01", "--omp_nthreads=2", "--low_mem")
+    assert dashes.with_(run_uuid="") == underscores.with_(run_uuid="")
+    assert dashes.participant_label == ("01",)
+    assert dashes.omp_nthreads == 2
+    assert dashes.low_mem
+
+
+@pytest.mark.parametrize(
+    ("text", "gigabytes"), [("8G", 8), ("8gb", 8), ("512M", 0.5), ("1T", 1024), ("1.5 GiB", 1.5)]
+)
+def test_memory(text, gigabytes):
+    assert parse_memory(text) == pytest.approx(gigabytes)
+
+
+def test_memory_options_agree(parse):
+    assert parse("--mem", "8G").mem_gb == parse("--mem-gb", 8).mem_gb == 8
+    assert parse("--mem-mb", 8192).mem_gb == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--mem", "8"], "8G"),
+        (["--mem", "lots"], "8G"),
+        (["--mem", "8G", "--mem-gb", "8"], "not allowed"),
+        (["--nprocs", "0"], "at least 1"),
+        (["--device", "tpu"], "cuda"),
+        (["--expert", "8"], "general"),
+        (["--output-spaces", "T1w"], "MNI152Lin"),
+        (["--output-spaces", "MNI152Lin:res-2"], "1 mm"),
+        (["--bids-filter-file", "/nowhere.json"], "no file"),
+        (["--reports-only"], "unrecognized"),
+    ],
+)
+def test_wrong_syntax(parse, capsys, options, hint):
+    with pytest.raises(SystemExit) as stop:
+        parse(*options)
+    assert stop.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_two_spaces(parse):
+    with pytest.raises(UsageError, match="one space per run"):
+        parse("--output-spaces", "MNI152Lin", "MNI152NLin6Asym")
+    assert parse("--output-spaces", "MNI152Lin:res-1", "MNI152Lin").output_spaces == "MNI152Lin"
+
+
+def test_config_file_gives_way_to_the_command_line(parse, tmp_path):
+    earlier = parse("--nprocs", 3, "--expert", "5", "--participant-label", "01")
+    file = tmp_path / "earlier.toml"
+    file.write_text(earlier.to_toml())
+    later = parse("--config-file", file, "--nprocs", 7)
+    assert (later.nprocs, later.expert, later.participant_label) == (7, "5", ("01",))
+    assert later.run_uuid != earlier.run_uuid
+    file.write_text("expert = '9'")
+    with pytest.raises(UsageError, match="expert"):
+        parse("--config-file", file)
+    file.write_text("speed = 1")
+    with pytest.raises(UsageError, match="speed"):
+        parse("--config-file", file)
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def test_output_is_input(parse, dataset):
+    with pytest.raises(UsageError, match="derivatives"):
+        parse(out=dataset)
+    link = dataset.parent / "link"
+    link.symlink_to(dataset)
+    with pytest.raises(UsageError, match="derivatives"):
+        parse(out=link)
+
+
+@pytest.mark.parametrize("place", ["bids/work", "bids", "out/work", "out", "bids/sub-01/x/y"])
+def test_work_dir_inside(parse, tmp_path, place):
+    with pytest.raises(UsageError, match="for example -w"):
+        parse("-w", tmp_path / place)
+    parse("-w", tmp_path / "bids-work")  # a name that only begins alike is fine
+
+
+def test_output_of_another_program(dataset, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    description = {"Name": "fMRIPrep", "GeneratedBy": [{"Name": "fMRIPrep"}]}
+    (out / "dataset_description.json").write_text(json.dumps(description))
+    assert run([str(dataset), str(out), "participant", "-w", str(tmp_path / "w")]) == 2
+    assert "fMRIPrep" in capsys.readouterr().err
+
+
+# --- what is worked on ---------------------------------------------------------------------------
+
+
+def test_everything_by_default(parse):
+    assert names(parse()) == NAMES
+
+
+def test_labels(parse):
+    assert names(parse("--participant-label", "sub-02")) == NAMES[3:]
+    assert names(parse("--session-label", "ses-b")) == NAMES[1:3]
+    with pytest.raises(UsageError, match=r"--participant-label 03.*01 02"):
+        names(parse("--participant-label", "01", "03"))
+    with pytest.raises(UsageError, match="--session-label c"):
+        names(parse("--session-label", "c"))
+
+
+def test_nothing_left(parse):
+    with pytest.raises(NothingToDoError, match=r"subject=.*02.*session=.*a"):
+        names(parse("--participant-label", "02", "--session-label", "a"))
+
+
+def test_filter_file(parse, tmp_path):
+    from remix_bids.cli.parser import read_filters
+
+    file = tmp_path / "filter.json"
+    file.write_text(json.dumps({"t1w": {"run": 2}}))
+    config = parse("--bids-filter-file", file)
+    assert names(config, read_filters(config)) == NAMES[2:3]
+    file.write_text(json.dumps({"t1w": {"session": None}}))
+    assert names(config, read_filters(config)) == NAMES[3:]
+    file.write_text(json.dumps({"t1w": {"colour": "red"}}))
+    with pytest.raises(UsageError, match="colour"):
+        names(config, read_filters(config))
+    file.write_text(json.dumps({"bold": {}}))
+    with pytest.raises(UsageError, match="bold"):
+        parse("--bids-filter-file", file)
+    file.write_text("{")
+    with pytest.raises(UsageError, match="JSON"):
+        parse("--bids-filter-file", file)
+
+
+def test_database_is_made_and_used(parse, tmp_path):
+    config = parse("--bids-database-dir", tmp_path / "db")
+    assert names(config) == NAMES
+    assert (tmp_path / "db").is_dir()
+    assert names(config) == NAMES
+
+
+def test_derivatives_and_other_folders_are_left_alone(parse, dataset):
+    for place in ("derivatives/x/sub-01/anat", "sourcedata/sub-01/anat", "sub-01/ses-a/func"):
+        folder = dataset / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sub-01_ses-a_acq-no_T1w.nii.gz").touch()
+    (dataset / "sub-01/ses-a/anat/sub-01_ses-a_desc-x_T1w.nii.gz").touch()
+    assert names(parse()) == NAMES
+
+
+def test_skull_stripped_comes_from_the_sidecar(parse, dataset):
+    sidecar = dataset / "sub-01/ses-a/anat/sub-01_ses-a_T1w.json"
+    sidecar.write_text(json.dumps({"SkullStripped": True}))
+    scans = collect_scans(parse(), {})
+    assert [scan.skull_stripped for scan in scans] == [True, None, None, None]
+
+
+# --- exit codes ----------------------------------------------------------------------------------
+
+
+def test_exit_66_prints_the_query(tmp_path, capsys):
+    bids = make_dataset(tmp_path / "bids", ["sub-01_T2w.nii.gz"])
+    assert run([str(bids), str(tmp_path / "out"), "participant", "-w", str(tmp_path / "w")]) == 66
+    printed = capsys.readouterr()
+    assert "suffix='T1w'" in printed.err
+    assert printed.out.splitlines()[-1] == "0 done, 0 failed"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image"])
+def test_exit_78_without_a_template(dataset, tmp_path, capsys, monkeypatch, content):
+    home = tmp_path / "tf"
+    if content is not None:
+        folder = home / "tpl-MNI152Lin"
+        folder.mkdir(parents=True)
+        for stem in ("T1w", "desc-brain_mask"):
+            (folder / f"tpl-MNI152Lin_res-01_{stem}.nii.gz").write_bytes(content)
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(home))
+    arguments = [str(dataset), str(tmp_path / "out"), "participant", "--offline"]
+    assert run([*arguments, "-w", str(tmp_path / "w"), "--skip-bids-validation"]) == 78
+    printed = capsys.readouterr()
+    assert "api.get('MNI152Lin'" in printed.err
+    assert printed.out.splitlines()[-1] == "0 done, 0 failed"
+    assert content is not None or not home.exists()  # offline nothing is written
+
+
+def test_exit_78_with_damaged_experts(dataset, tmp_path, capsys):
+    experts = fake_experts(tmp_path)
+    (experts / "e.safetensors").write_bytes(b"other weights")
+    arguments = [dataset, tmp_path / "out", "participant", "-w", tmp_path / "w", "--offline"]
+    arguments += ["--output-spaces", "MNI152NLin2009aSym", "--experts-dir", experts]
+    assert run([*map(str, arguments), "--skip-bids-validation"]) == 78
+    assert "sha256" in capsys.readouterr().err
+
+
+def test_exit_70_on_collision(tmp_path, capsys):
+    bids = make_dataset(tmp_path / "bids", ["sub-01_T1w.nii", "sub-01_T1w.nii.gz"])
+    arguments = [bids, tmp_path / "out", "participant", "-w", tmp_path / "w", "--offline"]
+    arguments += ["--output-spaces", "MNI152NLin2009aSym", "--experts-dir", fake_experts(tmp_path)]
+    assert run([*map(str, arguments), "--skip-bids-validation"]) == 70
+    assert "both be written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- resources -----------------------------------------------------------------------------------
+
+
+def test_allocation_is_the_least_of_all_limits(tmp_path):
+    nowhere = tmp_path / "none"
+    assert available_cpus({}, nowhere, affinity=12) == 12
+    assert available_cpus({"SLURM_CPUS_PER_TASK": "5"}, nowhere, affinity=12) == 5
+    assert available_cpus({"SLURM_CPUS_PER_TASK": "64"}, nowhere, affinity=12) == 12
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert available_cpus({}, tmp_path, affinity=12) == 3
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert available_cpus({}, tmp_path, affinity=12) == 12
+    (tmp_path / "memory.max").write_text(str(2 * 1024**3))
+    assert available_memory_gb({}, tmp_path) == 2
+    assert available_memory_gb({"SLURM_MEM_PER_CPU": "256"}, tmp_path, n_cpus=4) == 1
+
+
+def test_cuda_that_is_not_there(parse):
+    from remix_bids.resources import resolve_device
+
+    with pytest.raises(UsageError, match="CUDA device"):
+        resolve_device("cuda:99")
+    assert resolve_device("cpu") == "cpu"
+
+
+def test_defaults_are_the_documented_ones():
+    config = RunConfig(Path("a"), Path("b"))
+    assert (config.output_spaces, config.expert, config.gate) == ("MNI152Lin", "auto", "effective")
