@@ -45,6 +45,8 @@ BONUS = 0.15  # what full evidence is worth in units of the score
 POOR = 0.45  # score below which a result is not trusted
 COVERED = 0.6  # fraction of the template's brain that must lie in the field of view
 
+REGIONS = {"first": "wide", "second": "near", "skull": "middle"}
+
 FIRST: dict[str, Any] = {
     "type_of_transform": "Affine",
     "aff_metric": "mattes",
@@ -127,6 +129,7 @@ class _Prepared:
 
     kinds: dict[bool, Volume]
     near: Volume  # the brain and 4 mm around it
+    middle: Volume  # the brain and the skull over it
     wide: Volume  # the brain, the scalp and air over it
 
 
@@ -160,7 +163,7 @@ def _prepare(templates: Templates, spacing: float) -> _Prepared:
     kinds = {True: stripped}
     if not templates.skull_stripped:
         kinds[False] = to_isotropic(t1w, spacing)
-    return _Prepared(kinds, _grow(small_mask, 4.0), _grow(small_mask, 24.0))
+    return _Prepared(kinds, _grow(small_mask, 4.0), _grow(small_mask, 12.0), _grow(small_mask, 24.0))
 
 
 def run_jobs(jobs: list[dict[str, Any]], n_procs: int, seed: int, work_dir: Path) -> None:
@@ -275,7 +278,7 @@ def register_affine(
     log: list[dict[str, Any]] = []
 
     def rate(stage: str, start: coarse.Start, matrix: np.ndarray) -> dict[str, Any]:
-        value, part = scoring.agreement(seen, judge.kinds[start.stripped], judge.wide, matrix)
+        value, part = scoring.agreement(seen, judge.kinds[start.stripped], judge.near, matrix)
         row = {
             "name": start.name,
             "stage": stage,
@@ -296,7 +299,7 @@ def register_affine(
         def ants(stage: str, level: float, starts: list[coarse.Start], options: dict[str, Any]):
             prepared = levels[level]
             save_volume(to_isotropic(image, level), scratch / f"{stage}_moving.nii")
-            region = prepared.wide if stage == "first" else prepared.near
+            region = getattr(prepared, REGIONS[stage])
             save_volume(region, scratch / f"{stage}_mask.nii")
             jobs = []
             for i, start in enumerate(starts):
@@ -334,7 +337,11 @@ def register_affine(
             coarse.Start(r["start"].name, r["skull_stripped"], r["matrix"], r["score"])
             for r in best
         ]
-        rows = ants("second", 2.0, starts, SECOND) or best
+        rows = best + ants("second", 2.0, starts, SECOND)
+        winner = max(rows, key=_order)
+        if winner["stage"] != "second":
+            # Too little contrast inside the brain (post-contrast spin echo): let the skull help.
+            rows += ants("skull", 2.0, starts, SECOND)
 
     winner = max(rows, key=_order)
     return _result(winner, log, templates)
