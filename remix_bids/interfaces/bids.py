@@ -208,7 +208,8 @@ def write_atomically(source: Path, target: Path) -> None:
 
 class _SinkInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True)
-    out_path = Str(mandatory=True, desc="where it goes, absolute")
+    # Nipype would hash the file that stands there.
+    out_path = Str(mandatory=True, hash_files=False, desc="where it goes, absolute")
 
 
 class _SinkOutputSpec(TraitedSpec):

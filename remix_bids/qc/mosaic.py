@@ -170,10 +170,9 @@ def overlay(
     edges = f'<path class="edge" stroke="#f33" d="{_contours(mask, cuts)}"/>'
     if inner is not None and inner.any():
         edges += f'<path class="edge" stroke="#3af" d="{_contours(inner, cuts)}"/>'
-    everything = np.ones(volume.shape, dtype=bool)
     definitions = ""
     for name, data in (("image", volume), ("reference", reference)):
-        uri = _picture(data, cuts, intensity_window(data, everything))
+        uri = _picture(data, cuts, intensity_window(data, mask))  # scalp fat may be saturated
         definitions += _image(name, uri, layout)
     body = _panel("image", "registered image, outline of the template's brain", "", edges)
     body += _panel("reference", "template", "flip", edges)

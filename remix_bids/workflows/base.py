@@ -9,6 +9,7 @@ from typing import Any
 
 from nipype import Workflow
 
+from remix_bids import __version__
 from remix_bids.config import RunConfig
 from remix_bids.errors import GraphError
 from remix_bids.inputs import Scan
@@ -17,7 +18,8 @@ from remix_bids.naming import check_collisions, output_names, workflow_name
 from remix_bids.templates import Template
 from remix_bids.workflows.anatomical import init_anat_remix_wf
 
-ROOT = "remix_wf"
+# Another version computes anew: Nipype does not see that code has changed.
+ROOT = f"remix_bids_{'_'.join(__version__.split('.')[:2])}_wf"
 INTERPOLATION = "cubic B-spline, once, from the native grid"
 
 
