@@ -89,6 +89,20 @@ def export(args: argparse.Namespace) -> None:
     print(export_experts(args.trained, args.output))
 
 
+def simulate(args: argparse.Namespace) -> None:
+    """Make a one-subject BIDS dataset whose truth is known; it needs no data."""
+    from remix_bids.demo import write_example
+
+    print(write_example(args.folder, args.seed))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Hold a run of remix-bids on the simulated dataset against its truth."""
+    from remix_bids.demo import compare as run
+
+    print(run(args.folder, args.output))
+
+
 def get_parser() -> argparse.ArgumentParser:
     """The parser of ``remix-experts``."""
     parser = argparse.ArgumentParser(prog="remix-experts", description=__doc__)
@@ -123,6 +137,16 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("trained", type=Path, help="folder that `train` wrote")
     p.add_argument("output", type=Path)
     p.set_defaults(run=export)
+
+    p = commands.add_parser("simulate", help=simulate.__doc__)
+    p.add_argument("folder", type=Path, help="bids/ and truth/ are written into it")
+    p.add_argument("--seed", type=int, default=1, help="of the random affine (default: 1)")
+    p.set_defaults(run=simulate)
+
+    p = commands.add_parser("compare", help=compare.__doc__)
+    p.add_argument("folder", type=Path, help="folder that `simulate` wrote to")
+    p.add_argument("--output", type=Path, help="results of remix-bids (default: out/ in it)")
+    p.set_defaults(run=compare)
     return parser
 
 
