@@ -1,0 +1,67 @@
+# remix-bids: `make demo` shows it at work, `make test` checks it; both set everything up first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+# The user's own data for `make demo`; without them a simulated scan is used.
+BIDS ?=
+OUT  ?=
+ARGS ?=
+# The real sets for `make test-data`.
+DATA ?= ../shared/data
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-data lint clean
+
+help:
+	@echo "make demo                      a simulated thick-slice scan, with figures of merit (no data needed)"
+	@echo "make demo BIDS=/data OUT=/out  your own BIDS dataset (more options of remix-bids: ARGS='...')"
+	@echo "make test                      ruff, mypy and all tests that need no data"
+	@echo "make test-data DATA=DIR        the app on real scans"
+	@echo "make lint                      ruff and mypy only"
+	@echo "make venv                      only set up $(VENV)"
+	@echo "make clean                     remove what make and the demo have made"
+	@echo "TORCH_INDEX=URL                take torch from there, PYTHON=python3.12: use this Python"
+
+venv: $(READY)
+
+# torch goes first and alone, so that an index for it serves nothing else.
+$(READY): requirements.txt setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "remix-bids needs Python 3.11 or later; name one: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "setting up $(VENV); the first time this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+		"$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $(READY)
+
+ifeq ($(strip $(BIDS)),)
+demo: $(READY)
+	$(BIN)/remix-experts simulate demo
+	$(BIN)/remix-bids demo/bids demo/out participant -w demo/work \
+		--output-spaces MNI152NLin2009aSym --offline $(ARGS)
+	@$(BIN)/remix-experts compare demo
+else
+demo: $(READY)
+	@test -n "$(OUT)" || { echo "name the folder for the results: make demo BIDS=$(BIDS) OUT=/out"; exit 2; }
+	$(BIN)/remix-bids "$(BIDS)" "$(OUT)" participant $(ARGS)
+endif
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not data" --durations=5
+
+test-data: $(READY)
+	@test -d "$(DATA)/clinical" || { echo "$(DATA) holds no clinical/; name the folder of the real sets: make test-data DATA=..."; exit 2; }
+	REMIX_BIDS_TEST_DATA="$(DATA)" $(BIN)/python -m pytest -m data tests/test_data.py --durations=5
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
