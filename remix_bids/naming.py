@@ -132,5 +132,5 @@ def workflow_name(source: Path | str) -> str:
     >>> workflow_name("sub-01_acq-ax_T1w.nii.gz")
     'sub_01_acq_ax_T1w_wf'
     """
-    stem = Path(source).name.partition(".")[0]
-    return re.sub(r"\W", "_", stem) + "_wf"
+    entities, suffix, _ = split_name(source)
+    return re.sub(r"\W", "_", join_name(entities, suffix, "")) + "_wf"

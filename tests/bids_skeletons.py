@@ -38,7 +38,7 @@ def make_dataset(root: Path, names: list[str], *, images: bool = False) -> Path:
         path = folder / "anat" / name
         if images:
             save_image(path)
-        else:
+        elif not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     return root

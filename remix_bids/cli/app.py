@@ -152,8 +152,13 @@ def build(job: Job) -> Any:
     ------
     GraphError
     """
+    from nipype import logging as nipype_logging
+
     from remix_bids.workflows.base import init_remix_wf
 
+    level = {0: logging.CRITICAL, 1: logging.INFO}.get(job.config.verbose, logging.DEBUG)
+    for name in ("nipype.workflow", "nipype.interface", "nipype.utils"):
+        nipype_logging.getLogger(name).setLevel(level)
     try:
         return init_remix_wf(
             config=job.config,
@@ -188,32 +193,33 @@ def describe(job: Job) -> int:
 
 
 def draw(workflow: Any, config: RunConfig) -> None:
-    """Write the graph to the working folder, as a drawing where graphviz is installed."""
-    folder = config.work_dir / workflow.name
-    folder.mkdir(parents=True, exist_ok=True)
-    workflow.write_graph(dotfilename="graph.dot", graph2use="colored", format="dot")
-    dot, svg = folder / "graph.dot", folder / "graph.svg"
+    """Write one graph per subject to the working folder, drawn where graphviz is installed."""
     program = shutil.which("dot")
-    if program is None:
-        LOGGER.warning("graph: %s (install graphviz to have it drawn)", dot)
-        return
-    subprocess.run([program, "-Tsvg", "-o", str(svg), str(dot)], check=False)  # noqa: S603
-    LOGGER.warning("graph: %s", svg)
+    for name in sorted({full_name.partition(".")[0] for full_name in workflow.list_node_names()}):
+        subject_wf = workflow.get_node(name)
+        folder = config.work_dir / workflow.name
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        subject_wf.base_dir = str(folder)
+        subject_wf.write_graph(dotfilename="graph.dot", graph2use="colored", format="dot")
+        subject_wf.base_dir = None
+        dot, svg = folder / name / "graph.dot", folder / name / "graph.svg"
+        if program is None:
+            LOGGER.warning("graph: %s (install graphviz to have it drawn)", dot)
+            continue
+        command = [program, "-Tsvg", "-o", str(svg), str(dot)]
+        subprocess.run(command, check=False)  # noqa: S603 - a list of arguments, no shell
+        LOGGER.warning("graph: %s", svg)
 
 
 def work(job: Job) -> Outcome:
     """Build the graph, prepare the folders, run."""
     from nipype import config as nipype_config
-    from nipype import logging as nipype_logging
 
     from remix_bids.derivatives import write_dataset_files, write_text
     from remix_bids.workflows.base import ROOT, log_dir, renew_missing_outputs
     from remix_bids.workflows.run import execute
 
     config = job.config
-    level = {0: logging.CRITICAL, 1: logging.INFO}.get(config.verbose, logging.DEBUG)
-    for name in ("nipype.workflow", "nipype.interface", "nipype.utils"):
-        nipype_logging.getLogger(name).setLevel(level)
     if config.clean_workdir and (config.work_dir / ROOT).exists():
         shutil.rmtree(config.work_dir / ROOT)
     workflow = build(job)

@@ -53,11 +53,12 @@ def check_t1w(path: Path) -> list[str]:
         )
     shape = shape[:3]
     affine = np.asarray(image.affine, dtype=float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    sides = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    volume = abs(np.linalg.det(affine[:3, :3]))
+    if not np.isfinite(affine).all() or not volume > 1e-3 * np.prod(sides):
         raise InputImageError(
             f"{path} has a voxel-to-world affine that cannot be inverted; repair its header."
         )
-    sides = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     extents = sides * shape
     if sides.min() < SMALLEST_SIDE or sides.max() > LARGEST_SIDE:
         raise InputImageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -77,7 +78,7 @@ def log_dir(config: RunConfig, subject: str) -> Path:
 
 def subject_workflow_name(subject: str) -> str:
     """Name of the workflow of one subject."""
-    return workflow_name(f"sub-{subject}")
+    return re.sub(r"\W", "_", f"sub-{subject}") + "_wf"
 
 
 def init_single_subject_wf(

@@ -1,0 +1,133 @@
+"""Graphs built from BIDS skeletons, without data: one branch per scan, nothing crosses."""
+
+import pytest
+from bids_skeletons import make_dataset
+from nipype import IdentityInterface
+
+from remix_bids.config import RunConfig
+from remix_bids.errors import GraphError
+from remix_bids.inputs import collect_scans
+from remix_bids.interfaces.bids import DerivativesSink
+from remix_bids.templates import Template
+from remix_bids.workflows.base import init_remix_wf
+
+SKELETONS = {
+    "plain": ["sub-01_T1w.nii.gz"],
+    "sessions": ["sub-01_ses-a_T1w.nii.gz", "sub-01_ses-b_T1w.nii.gz"],
+    "runs": ["sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz", "sub-01_T1w.nii.gz"],
+    "acquisitions": ["sub-01_acq-ax_T1w.nii.gz", "sub-01_acq-cor_T1w.nii.gz"],
+    "contrast": ["sub-01_T1w.nii.gz", "sub-01_ce-gad_T1w.nii.gz", "sub-01_ce-gad_rec-x_T1w.nii"],
+    "odd": ["sub-01_echo-1_part-mag_T1w.nii.gz", "sub-01_echo-1_part-phase_chunk-2_T1w.nii.gz"],
+    "many": ["sub-01_ses-a_T1w.nii.gz", "sub-02_T1w.nii.gz", "sub-1_T1w.nii.gz"],
+}
+# The way of one T1w image: DESIGN section 3.
+STEPS = ["validate", "register", "to_mni", "select_expert", "enhance", "describe"]
+ARROWS = [
+    ("validate", "register"),
+    ("register", "to_mni"),
+    ("to_mni", "enhance"),
+    ("select_expert", "enhance"),
+    ("enhance", "derivatives_wf"),
+    ("enhance", "figures_wf"),
+]
+
+
+def build(root, names, **settings):
+    bids = make_dataset(root / "bids", names)
+    for name in ("T1w.nii.gz", "mask.nii.gz", "experts.toml"):
+        (root / name).open("a").close()  # leaves the time of an existing file alone
+    config = RunConfig(
+        bids, root / "out", work_dir=root / "work", run_uuid="run", mem_gb=8.0, nprocs=2, **settings
+    )
+    template = Template("MNI152Lin", root / "T1w.nii.gz", root / "mask.nii.gz", False)
+    scans = collect_scans(config, {})
+    workflow = init_remix_wf(
+        config=config, scans=scans, template=template, experts_table=root / "experts.toml"
+    )
+    return workflow, scans, config
+
+
+def real_nodes(workflow):
+    nodes = {name: workflow.get_node(name) for name in workflow.list_node_names()}
+    return {
+        n: node for n, node in nodes.items() if not isinstance(node.interface, IdentityInterface)
+    }
+
+
+@pytest.mark.parametrize("names", SKELETONS.values(), ids=SKELETONS)
+def test_one_complete_branch_per_scan(tmp_path, names):
+    workflow, scans, _ = build(tmp_path, names)
+    assert sorted(scan.path.name for scan in scans) == sorted(names)
+    nodes = real_nodes(workflow)
+    branches = {tuple(name.split(".")[:2]) for name in nodes}
+    assert len(branches) == len(names)
+    for subject, scan in branches:
+        steps = {name.split(".")[2] for name in nodes if name.startswith(f"{subject}.{scan}.")}
+        assert steps == {*STEPS, "derivatives_wf", "figures_wf"}
+    # Nothing is written twice, and every scan writes seven files.
+    targets = [
+        n.inputs.out_path for n in nodes.values() if isinstance(n.interface, DerivativesSink)
+    ]
+    assert len(targets) == len(set(targets)) == 7 * len(names)
+    # The expanded graph has as many connected parts as there are scans: nothing crosses.
+    import networkx as nx
+
+    graph = workflow._create_flat_graph()
+    assert nx.number_weakly_connected_components(graph) == len(names)
+
+
+def test_reads_like_the_design(tmp_path):
+    workflow, _, _ = build(tmp_path, SKELETONS["plain"])
+    scan_wf = workflow.get_node("sub_01_wf.sub_01_T1w_wf")
+    edges = {(a.name, b.name) for a, b in scan_wf._graph.edges()}
+    assert set(ARROWS) <= edges
+    import networkx as nx
+
+    assert nx.is_directed_acyclic_graph(scan_wf._graph)
+
+
+def test_crash_files_go_to_the_subject(tmp_path):
+    workflow, _, config = build(tmp_path, SKELETONS["many"])
+    for name, node in real_nodes(workflow).items():
+        label = {"sub_01_wf": "01", "sub_02_wf": "02", "sub_1_wf": "1"}[name.split(".")[0]]
+        folder = node.config["execution"]["crashdump_dir"]
+        assert folder == str(config.output_dir / f"sub-{label}" / "log" / "run")
+        assert node.config["execution"]["crashfile_format"] == "txt"
+
+
+def test_resources_do_not_enter_the_hash(tmp_path):
+    def hashes(root, **settings):
+        workflow, _, _ = build(root, SKELETONS["plain"], **settings)
+        return {n: node.inputs.get_hashval()[1] for n, node in real_nodes(workflow).items()}
+
+    few = hashes(tmp_path, omp_nthreads=1, device="cpu")
+    many = hashes(tmp_path, omp_nthreads=8, device="cuda:0", low_mem=True)
+    assert few == many
+    other = hashes(tmp_path, random_seed=1)
+    assert {name.split(".")[2] for name in few if few[name] != other[name]} >= {"register"}
+
+
+def test_resources_are_declared(tmp_path):
+    workflow, _, _ = build(tmp_path, SKELETONS["plain"], omp_nthreads=2)
+    nodes = real_nodes(workflow)
+    heavy = {name.split(".")[-1]: node for name, node in nodes.items()}
+    assert heavy["enhance"].n_procs == heavy["register"].n_procs == 2
+    assert not heavy["enhance"].is_gpu_node()
+    assert heavy["enhance"].mem_gb > 1
+    assert all(heavy[n].run_without_submitting for n in heavy if n.startswith("ds_"))
+    workflow, _, _ = build(tmp_path, SKELETONS["plain"], omp_nthreads=2, device="cuda")
+    enhance = workflow.get_node("sub_01_wf.sub_01_T1w_wf.enhance")
+    assert enhance.is_gpu_node()
+    assert enhance.n_procs == 1
+
+
+def test_low_mem_runs_heavy_nodes_alone(tmp_path):
+    workflow, _, config = build(tmp_path, SKELETONS["plain"], low_mem=True)
+    scan_wf = workflow.get_node("sub_01_wf.sub_01_T1w_wf")
+    for name in ("register", "enhance"):
+        assert scan_wf.get_node(name).mem_gb == config.mem_gb
+
+
+def test_collision(tmp_path):
+    with pytest.raises(GraphError, match=r"sub-01_T1w\.nii.*sub-01_T1w\.nii\.gz"):
+        build(tmp_path, ["sub-01_T1w.nii", "sub-01_T1w.nii.gz"])
