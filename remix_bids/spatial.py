@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_MARGIN = 2  # voxels that a cubic B-spline reaches beyond its interval
-_SLAB = 8
+_NODES = 2  # per output voxel, at which the spline is tabulated
+_SLAB = 8  # planes sampled at a time: small intermediate arrays stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,38 @@ def index_map(output: Grid, source: Grid, world: np.ndarray | None = None) -> np
     return np.linalg.inv(source.affine) @ world @ output.affine
 
 
-@lru_cache(maxsize=64)
-def _prefilter_matrix(n: int) -> np.ndarray:
-    """Dense inverse of cubic B-spline sampling on ``n`` samples with mirror boundaries."""
+def _mirror(i: int, n: int) -> int:
+    i = abs(i)
+    return 2 * (n - 1) - i if i > n - 1 else i
+
+
+def _spline_weights(t: float) -> tuple[float, float, float, float]:
+    """Cubic B-spline weights of the four samples around a position ``t`` in [0, 1)."""
+    u = 1 - t
+    return u**3 / 6, 2 / 3 - t * t * (1 - t / 2), 2 / 3 - u * u * (1 - u / 2), t**3 / 6
+
+
+@lru_cache(maxsize=256)
+def _spline_matrix(n: int, factor: int, start: int, stop: int) -> np.ndarray:
+    """Interpolating cubic B-spline of ``n`` samples, mirrored at its ends, as a matrix.
+
+    It gives the values at ``factor`` nodes per sample, from sample ``start`` to ``stop``.
+    """
+    if n == 1:
+        return np.ones((1, 1))
     sampling = np.zeros((n, n))
-    for i in range(n):
-        sampling[i, i] += 4 / 6
-        for j in (i - 1, i + 1):
-            j = -j if j < 0 else j
-            j = 2 * (n - 1) - j if j > n - 1 else j
-            sampling[i, max(j, 0)] += 1 / 6
-    inverse = np.linalg.inv(sampling)
+    nodes = np.zeros(((stop - start) * factor + 1, n))
+    for matrix, positions in (
+        (sampling, np.arange(n)),
+        (nodes, start + np.arange(len(nodes)) / factor),
+    ):
+        for row, position in zip(matrix, positions, strict=True):
+            base = int(np.floor(position))
+            for offset, weight in enumerate(_spline_weights(position - base), base - 1):
+                row[_mirror(offset, n)] += weight
+    out = np.linalg.solve(sampling.T, nodes.T).T
     # It decays as 0.27 to the power of the distance: what remains far away is only slow denormals.
-    return np.where(np.abs(inverse) > 1e-12, inverse, 0.0)
+    return np.where(np.abs(out) > 1e-12, out, 0.0)
 
 
 def along_axis(matrix: Tensor, image: Tensor, axis: int) -> Tensor:
@@ -85,16 +104,6 @@ def along_axis(matrix: Tensor, image: Tensor, axis: int) -> Tensor:
     return (matrix @ image.reshape(*lead, x, y * z)).reshape(*lead, matrix.shape[0], y, z)
 
 
-def spline_coefficients(image: Tensor) -> Tensor:
-    """Cubic B-spline coefficients of (..., x, y, z) samples, mirror boundaries."""
-    for axis in range(3):
-        n = image.shape[axis - 3]
-        if n > 1:
-            matrix = torch.as_tensor(_prefilter_matrix(n), dtype=image.dtype, device=image.device)
-            image = along_axis(matrix, image, axis)
-    return image
-
-
 def _sample_linear(image: Tensor, index: Tensor) -> Tensor:
     """Trilinear samples of (n, c, x, y, z) at (n, 3, x, y, z) indices, edge values outside."""
     sizes = torch.tensor(image.shape[-3:], dtype=index.dtype, device=index.device)
@@ -103,27 +112,30 @@ def _sample_linear(image: Tensor, index: Tensor) -> Tensor:
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def _cubic_by_linear(padded: Tensor, index: Tensor) -> Tensor:
-    """Cubic B-spline interpolation as eight trilinear look-ups (Sigg and Hadwiger 2005).
+def _tabulate(
+    image: Tensor, mapping: np.ndarray, shape: tuple[int, int, int]
+) -> tuple[Tensor, np.ndarray]:
+    """The cubic spline of an image on nodes twice as fine as the output, and the map to them.
 
-    ``padded`` holds the coefficients (1, C, x, y, z) with a mirrored margin of `_MARGIN` voxels.
+    Only the part that the output can reach is tabulated. Trilinear look-ups in the table cost an
+    eighth of those that a cubic kernel needs, and separable tables are matrix products.
     """
-    sizes = torch.tensor(padded.shape[-3:], dtype=index.dtype, device=index.device) - 2 * _MARGIN
-    index = torch.minimum(index[0].clamp(min=0), (sizes - 1).view(3, 1, 1, 1))
-    base = index.floor()
-    t = index - base
-    w0 = (1 - t) ** 3 / 6
-    w1 = 2 / 3 - 0.5 * t**2 * (2 - t)
-    low = w0 + w1
-    at = (base + (w1 / low + (_MARGIN - 1)), base + (t**3 / 6 / (1 - low) + (_MARGIN + 1)))
-    weight = (low, 1 - low)
-    corners = list(product((0, 1), repeat=3))
-    where = torch.stack([torch.stack([at[i][0], at[j][1], at[k][2]]) for i, j, k in corners])
-    terms = _sample_linear(padded.expand(len(corners), -1, -1, -1, -1), where)
-    out = torch.zeros_like(terms[:1])
-    for (i, j, k), term in zip(corners, terms, strict=True):
-        out += term * (weight[i][0] * weight[j][1] * weight[k][2])
-    return out
+    corners = np.array(list(product(*((0, n - 1) for n in shape))), dtype=float)
+    index = corners @ mapping[:3, :3].T + mapping[:3, 3]
+    to_nodes = np.eye(4)
+    for axis in range(3):
+        n = image.shape[axis - 3]
+        start = int(np.clip(np.floor(index[:, axis].min()), 0, n - 1))
+        stop = int(np.clip(np.ceil(index[:, axis].max()), start, n - 1))
+        if stop == start:
+            start, stop = max(0, start - 1), min(n - 1, stop + 1)
+        factor = max(_NODES, round(_NODES / float(np.linalg.norm(mapping[axis, :3]))))
+        factor = factor if n > 1 else 1
+        table = _spline_matrix(n, factor, start, stop)
+        weights = torch.as_tensor(table, dtype=image.dtype, device=image.device)
+        image = along_axis(weights, image, axis)
+        to_nodes[axis, axis], to_nodes[axis, 3] = factor, -factor * start
+    return image, to_nodes @ mapping
 
 
 def voxel_indices(mapping: np.ndarray, shape: tuple[int, int, int], like: Tensor) -> Tensor:
@@ -155,8 +167,8 @@ def resample(
     shape : tuple of int
         Output grid.
     order : {'cubic', 'linear'}
-        Interpolating cubic B-spline or trilinear. Outside the source grid the edge value is
-        repeated; multiply by `coverage` to keep only what was measured.
+        Trilinear, or interpolating cubic B-spline (tabulated at half an output voxel). Outside the
+        source grid the edge value is repeated; multiply by `coverage` to keep what was measured.
 
     Returns
     -------
@@ -166,18 +178,15 @@ def resample(
         raise ValueError(f"order must be 'cubic' or 'linear', not {order!r}")
     channels = image.ndim == 4
     batch = image[None] if channels else image[None, None]
-    sample = _sample_linear
-    if order == "cubic" and min(image.shape[-3:]) > _MARGIN:
-        batch = F.pad(spline_coefficients(batch), (_MARGIN,) * 6, mode="reflect")
-        sample = _cubic_by_linear
+    if order == "cubic":
+        batch, mapping = _tabulate(batch, mapping, shape)
     out = image.new_empty((batch.shape[1], *shape))
-    # Slabs keep the intermediate arrays small: twice as fast as the whole grid at once on a CPU.
     for start in range(0, shape[0], _SLAB):
         depth = min(_SLAB, shape[0] - start)
         first = np.eye(4)
         first[0, 3] = start
-        index = voxel_indices(mapping @ first, (depth, *shape[1:]), image)[None]
-        out[:, start : start + depth] = sample(batch, index)[0]
+        index = voxel_indices(mapping @ first, (depth, *shape[1:]), image)
+        out[:, start : start + depth] = _sample_linear(batch, index[None])[0]
     return out if channels else out[0]
 
 

@@ -20,6 +20,9 @@ from remix_bids.spatial import WORKING_GRID, Grid
 BRAIN_CENTRE = np.array([0.0, -18.0, 10.0])
 """Middle of the brain's bounding box in MNI152 (RAS+, mm)."""
 
+FINEST = 0.9
+"""In-plane voxel size (mm) below which a reconstruction is taken to be zero-filled."""
+
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """World axis (RAS+) along which the slices of a plane are stacked."""
 
@@ -274,11 +277,14 @@ def place(
         thickness = min(geometry.thickness, sizes[axis])
     else:
         thickness = sizes[axis] * rng.uniform(0.85, 1.0)
-    counts = np.maximum(np.ceil(extent / sizes - 1e-6), 4).astype(int)
 
-    # Fine matrices are zero-filled: what was acquired in-plane is coarser than the voxel.
-    widths = np.where(sizes < 0.95, rng.uniform(np.clip(sizes, 0.8, 1.2), 1.25), sizes)
+    # Fine matrices are zero-filled: what was acquired in-plane is coarser than the voxel, and
+    # sampling it at 0.9 mm loses nothing that was measured.
+    widths = np.where(sizes < 0.9, rng.uniform(np.clip(sizes, 0.8, 1.2), 1.25), sizes)
     widths[axis] = thickness
+    in_plane = np.arange(3) != axis
+    sizes = np.where(in_plane, np.maximum(sizes, FINEST), sizes)
+    counts = np.maximum(np.ceil(extent / sizes - 1e-6), 4).astype(int)
     widths *= rng.uniform(0.85, 1.1)
     is_box = bool(rng.random() < 0.5) if box is None else box
 

@@ -83,13 +83,15 @@ def _profile_matrix(n: int, spacing: float, width: float, box: bool) -> tuple[np
     return matrix, m, reach
 
 
-def _reachable(image_box: np.ndarray, mapping: np.ndarray, grid: Grid) -> list[tuple[int, int]]:
-    """Ranges of native indices that can see the image: the rest of the grid stays zero."""
-    corners = np.array([(*corner, 1) for corner in product(*image_box.T)])
+def _native_ranges(box: np.ndarray, mapping: np.ndarray, grid: Grid) -> list[tuple[int, int]]:
+    """Ranges of native indices that see, or are seen from, a box (2, 3) of image indices."""
+    corners = np.array([(*corner, 1) for corner in product(*box.T)])
     index = (np.linalg.inv(mapping) @ corners.T)[:3]
-    margin = 2 + _MARGIN_MM / grid.voxel_sizes
-    low = np.clip(np.floor(index.min(axis=1) - margin), 0, np.array(grid.shape) - 1).astype(int)
-    high = np.clip(np.ceil(index.max(axis=1) + margin), low, np.array(grid.shape) - 1).astype(int)
+    # Four voxels: beyond, the spline that brings the native image back has decayed to .5 %.
+    margin = 4 + _MARGIN_MM / grid.voxel_sizes
+    last = np.array(grid.shape) - 1
+    low = np.clip(np.floor(index.min(axis=1) - margin), 0, last).astype(int)
+    high = np.clip(np.ceil(index.max(axis=1) + margin), low, last).astype(int)
     return [(int(a), int(b) + 1) for a, b in zip(low, high, strict=True)]
 
 
@@ -111,6 +113,7 @@ def acquire(
     *,
     order: str = "cubic",
     voxel_width: float = 1.0,
+    region: np.ndarray | None = None,
 ) -> Tensor:
     """What the scanner would have seen.
 
@@ -127,6 +130,9 @@ def acquire(
     order : {'cubic', 'linear'}
     voxel_width : float
         Width (mm) that the image already has; the profile is narrowed by it. 0 to apply it whole.
+    region : (2, 3) int array, optional
+        First and last index of the part of the image that is of interest; the native image is zero
+        where it is far from there. All that is not zero by default.
 
     Returns
     -------
@@ -135,8 +141,8 @@ def acquire(
     native = acquisition.grid
     # A grid moved by `world` is in scanner world; so the image may be on any grid of the template.
     mapping = index_map(native, grid, np.linalg.inv(acquisition.world))
-    box = bounding_box(image != 0)
-    ranges = _reachable(box, mapping, native)
+    box = bounding_box(image != 0) if region is None else region
+    ranges = _native_ranges(box, mapping, native)
     sizes = native.voxel_sizes
     matrices, refine, shape = [], np.eye(4), []
     for axis, (start, stop) in enumerate(ranges):

@@ -177,18 +177,20 @@ def simulate_pair(
     acquisition: Acquisition,
     augment: Augmentation,
     strip_mask: Tensor,
-    minimum: int,
+    size: int,
 ) -> Pair:
-    """Degrade one person through one acquisition, cropped to the foreground.
+    """Degrade one person through one acquisition, on a cube somewhere in the foreground.
 
     Parameters
     ----------
-    minimum : int
-        Smallest side of the crop, in voxels.
+    size : int
+        Side of the cube in voxels; a part costs less than a whole volume and sees more persons.
     """
     image = vary(rng, person, augment, strip_mask)
-    crop, grid = crop_to_foreground(image, minimum)
-    native, source = acquire(image, acquisition), acquisition.grid
+    crop, _ = crop_to_foreground(image, size)
+    crop, grid = random_cube(rng, crop, size)
+    region = np.array([[s.start for s in crop], [s.stop - 1 for s in crop]])
+    native, source = acquire(image, acquisition, region=region), acquisition.grid
     if rng.random() < augment.noise:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         native = add_rician_noise(native, rng.uniform(0, augment.noise_range), generator)
@@ -200,6 +202,22 @@ def simulate_pair(
     return Pair(inputs, image[crop] / scale, COARSE_DETAIL if person.coarse else 1.0)
 
 
+def _crop_grid(crop: tuple[slice, ...]) -> Grid:
+    shift = np.eye(4)
+    shift[:3, 3] = [s.start for s in crop]
+    x, y, z = (s.stop - s.start for s in crop)
+    return Grid((x, y, z), WORKING_GRID.affine @ shift)
+
+
+def random_cube(
+    rng: np.random.Generator, crop: tuple[slice, ...], size: int
+) -> tuple[tuple[slice, ...], Grid]:
+    """A cube inside a box of the working grid, as slices and as a grid."""
+    starts = [int(rng.integers(s.start, s.stop - size + 1)) for s in crop]
+    cube = tuple(slice(start, start + size) for start in starts)
+    return cube, _crop_grid(cube)
+
+
 def crop_to_foreground(image: Tensor, minimum: int) -> tuple[tuple[slice, ...], Grid]:
     """The box around the foreground, at least ``minimum`` wide, as slices and as a grid."""
     box = bounding_box(image > 0.02)
@@ -208,10 +226,7 @@ def crop_to_foreground(image: Tensor, minimum: int) -> tuple[tuple[slice, ...], 
         size = min(n, max(minimum, high - low + 5))
         start = int(np.clip((low + high - size) // 2 + 1, 0, n - size))
         crop.append(slice(start, start + size))
-    shift = np.eye(4)
-    shift[:3, 3] = [s.start for s in crop]
-    shape = tuple(s.stop - s.start for s in crop)
-    return tuple(crop), Grid(shape, WORKING_GRID.affine @ shift)
+    return tuple(crop), _crop_grid(tuple(crop))
 
 
 def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) -> dict[str, Tensor]:
@@ -253,7 +268,8 @@ class Simulator:
     class_weights: tuple[float, ...]
     seed: int
     patch: int = 64
-    patches_per_volume: int = 32
+    cube: int = 128
+    patches_per_volume: int = 16
     head_share: float = 0.5
     augment: Augmentation = field(default_factory=Augmentation)
 
@@ -269,7 +285,7 @@ class Simulator:
         person = pool[rng.integers(len(pool))]
         worlds = [p.world for p in self.persons]
         acquisition = draw(rng, self.bank, worlds, k)
-        pair = simulate_pair(rng, person, acquisition, self.augment, self.strip_mask, self.patch)
+        pair = simulate_pair(rng, person, acquisition, self.augment, self.strip_mask, self.cube)
         return pair, rng
 
     def __len__(self) -> int:

@@ -6,6 +6,8 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import nibabel as nib
@@ -28,7 +30,7 @@ def load_image(path: Path) -> tuple[torch.Tensor, Grid]:
 
 
 def prepare_person(
-    path: Path, templates: Templates, *, skull_stripped: bool | None, n_procs: int, seed: int
+    path: Path, templates: Templates, *, skull_stripped: bool | None, seed: int
 ) -> dict:
     """Register one scan and bring it to the working grid.
 
@@ -43,8 +45,9 @@ def prepare_person(
             path,
             templates,
             skull_stripped=skull_stripped,
-            n_procs=n_procs,
             random_seed=seed,
+            # A target in template space is true by definition: the quick search is enough.
+            sloppy=True,
             work_dir=Path(folder),
         )
     native, grid = load_image(path)
@@ -96,15 +99,28 @@ def prepare(
         mask, grid = load_image(templates.brain_mask)
         mask = resample(mask, index_map(WORKING_GRID, grid), WORKING_GRID.shape, "linear")
         np.save(folder / "strip_mask.npy", (mask > 0.5).numpy())
-    for name, path in scans.items():
-        if name in done:
-            continue
-        row = prepare_person(
-            path, templates, skull_stripped=known.get(name), n_procs=n_procs, seed=seed
-        )
-        np.save(folder / f"{name}.npy", row.pop("image"))
-        split = "validation" if name in validation else "held_out" if name in held_out else "train"
-        rows.append({"name": name, "file": f"{name}.npy", "split": split, **row})
-        table.write_text(json.dumps({"persons": rows}, indent=1))
-        kind = "head" if row["head"] else "brain"
-        LOGGER.info("%s: %s, %s, score %.2f %s", name, kind, split, row["score"], row["warnings"])
+    left = [name for name in scans if name not in done]
+    with ProcessPoolExecutor(n_procs, mp_context=get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(
+                prepare_person,
+                scans[name],
+                templates,
+                skull_stripped=known.get(name),
+                seed=seed,
+            ): name
+            for name in left
+        }
+        for job in as_completed(jobs):
+            name, row = jobs[job], job.result()
+            np.save(folder / f"{name}.npy", row.pop("image"))
+            split = (
+                "validation" if name in validation else "held_out" if name in held_out else "train"
+            )
+            rows.append({"name": name, "file": f"{name}.npy", "split": split, **row})
+            rows.sort(key=lambda r: r["name"])
+            table.write_text(json.dumps({"persons": rows}, indent=1))
+            kind = "head" if row["head"] else "brain"
+            LOGGER.info(
+                "%s: %s, %s, score %.2f %s", name, kind, split, row["score"], row["warnings"]
+            )

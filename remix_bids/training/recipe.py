@@ -67,6 +67,7 @@ def run_recipe(
         "bank": bank,
         "strip_mask": torch.from_numpy(mask).to(device),
         "patch": data["patch"],
+        "cube": data["cube"],
         "patches_per_volume": data["patches_per_volume"],
         "head_share": data["head_share"],
     }
