@@ -2,6 +2,7 @@
 
 import os
 import time
+from itertools import pairwise
 
 import pytest
 from nipype import Function, Node, Workflow
@@ -108,6 +109,28 @@ def test_fresh_workers_end_after_each_node(tmp_path):
     plugin, _, error, _ = run(build(tmp_path, negate), fresh_workers=True)
     assert error is None
     assert plugin.n_run == 4
+
+
+def test_one_branch_after_the_other(tmp_path):
+    workflow = Workflow("wf", base_dir=str(tmp_path / "work"))
+    workflow.config["execution"].update(poll_sleep_duration=0.1, check_version=False)
+    for branch in "abc":
+        nodes = [
+            Node(Function(function=negate, output_names=["out"]), name=f"{branch}{i}")
+            for i in range(3)
+        ]
+        nodes[0].inputs.value = ord(branch)
+        workflow.connect([(x, y, [("out", "value")]) for x, y in pairwise(nodes)])
+    ended = []
+
+    def note(node, status):
+        if status == "end":
+            ended.append(node.name)
+
+    _, _, error, _ = run(workflow, n_procs=1, status_callback=note)
+    assert error is None
+    assert [name[1] for name in ended] == list("012" * 3)
+    assert len({name[0] for name in ended[:3]}) == 1
 
 
 def test_stock_plugin_is_the_base():

@@ -27,7 +27,7 @@ EXPERTS = ("auto", "1", "2", "3", "4", "5", "6", "7", "general")
 class _Parser(argparse.ArgumentParser):
     """Accepts ``--some-option`` and ``--some_option`` alike."""
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_known_args(self, args=None, namespace=None):
         spelled = []
         for token in args or []:
             name, equals, value = token.partition("=")

@@ -62,7 +62,7 @@ class ToWorkingGrid(SimpleInterface):
 
         inside = covered.numpy()
         folder = Path(runtime.cwd)
-        outputs = {
+        outputs: dict[str, np.ndarray] = {
             "out_file": resampled.numpy().astype(np.float32),
             "coverage": inside.astype(np.uint8),
             "phase": slice_phase(mapping, native, grid.shape).astype(np.float32),

@@ -119,7 +119,7 @@ def _contours(mask: np.ndarray, cuts: Cuts) -> str:
     for row, tiles in enumerate(_slices(mask.astype(np.float32), cuts)):
         for column, tile in enumerate(tiles):
             x, y = layout.corner(row, column, tile)
-            for line in contourpy.contour_generator(z=tile).lines(0.5):
+            for line in contourpy.contour_generator(z=tile).lines(0.5) or ():
                 points = " ".join(f"{px + x + 0.5:.1f},{py + y + 0.5:.1f}" for px, py in line)
                 parts.append(f"M{points}")
     return "".join(parts)
