@@ -1,7 +1,7 @@
-"""One process, one ITK thread, a list of affine registrations: ``python -m ... JOBS.json``.
+"""One process, one ITK thread, one affine registration after the other (see `pool`).
 
 ANTs reads its seed and its thread count from the environment, once, so whoever starts this module
-sets ``ANTS_RANDOM_SEED`` and ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1`` (see `affine.run_jobs`).
+sets ``ANTS_RANDOM_SEED`` and ``ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from remix_bids.registration.itk import read_itk_affine
+
+DONE = "remix-bids: job done"
 
 
 def register(job: dict[str, Any]) -> None:
@@ -45,11 +47,12 @@ def register(job: dict[str, Any]) -> None:
     Path(job["output"]).write_text(json.dumps(matrix))
 
 
-def main(path: str) -> None:
-    """Run the jobs listed in a JSON file, one after the other."""
-    for job in json.loads(Path(path).read_text()):
-        register(job)
+def main() -> None:
+    """Run jobs, one JSON line each on standard input, and answer each with `DONE`."""
+    for line in sys.stdin:
+        register(json.loads(line))
+        print(f"\n{DONE}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

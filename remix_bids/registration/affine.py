@@ -12,21 +12,20 @@ side and cannot change a result.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
-from remix_bids.errors import MissingResourceError, RemixError
+from remix_bids.errors import InputImageError, MissingResourceError
 from remix_bids.registration import score as scoring
 from remix_bids.registration import search as coarse
 from remix_bids.registration.itk import write_itk_affine
+from remix_bids.registration.pool import Pool
 from remix_bids.registration.volumes import (
     Volume,
     depth_profile,
@@ -45,7 +44,8 @@ BONUS = 0.15  # what full evidence is worth in units of the score
 POOR = 0.45  # score below which a result is not trusted
 COVERED = 0.6  # fraction of the template's brain that must lie in the field of view
 
-REGIONS = {"first": "wide", "second": "near", "skull": "middle"}
+LEVELS = (coarse.SPACING, 4.0, scoring.SPACING, 2.0)
+REGIONS = {"first": "wide", "other": "wide", "second": "near", "skull": "middle"}
 
 FIRST: dict[str, Any] = {
     "type_of_transform": "Affine",
@@ -124,7 +124,7 @@ class AffineResult:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A template on one grid: kinds of it, and regions around its brain."""
 
     kinds: dict[bool, Volume]
@@ -133,64 +133,55 @@ class _Prepared:
     wide: Volume  # the brain, the scalp and air over it
 
 
-def _on_grid(volume: Volume, grid: Volume) -> Volume:
-    return Volume(sample(volume, grid.points())[0].astype(np.float32), grid.affine)
+def _grow(distance: np.ndarray, affine: np.ndarray, mm: float) -> Volume:
+    return Volume((distance <= mm).astype(np.float32), affine)
 
 
-def _grow(mask: Volume, mm: float) -> Volume:
-    """Mask grown by a distance in mm (isotropic voxels)."""
-    distance = ndimage.distance_transform_edt(mask.data < 0.5) * mask.zooms[0]
-    return Volume((distance <= mm).astype(np.float32), mask.affine)
+def _stamp(path: Path | None) -> tuple[str, int] | None:
+    return None if path is None else (str(path), Path(path).stat().st_mtime_ns)
 
 
-def _prepare(templates: Templates, spacing: float) -> _Prepared:
+def prepare(templates: Templates) -> dict[float, Prepared]:
+    """Templates at all `LEVELS`, kept for the next image of this process.
+
+    Raises
+    ------
+    MissingResourceError
+        A file is missing or damaged, or there is no brain mask for a template with skull.
+    """
+    try:
+        stamps = _stamp(templates.t1w), _stamp(templates.brain_mask)
+        return _prepare(templates, stamps)
+    except (OSError, InputImageError) as error:
+        raise MissingResourceError(f"the template cannot be used: {error}") from error
+
+
+@lru_cache(maxsize=2)
+def _prepare(templates: Templates, stamps: tuple) -> dict[float, Prepared]:
     t1w = load_volume(templates.t1w)
     if templates.brain_mask is not None:
         mask = load_volume(templates.brain_mask)
-        mask = Volume((mask.data > 0.5).astype(np.float32), mask.affine)
+        inside = (mask.data > 0.5).astype(np.float32)
+        if mask.data.shape != t1w.data.shape or not np.allclose(mask.affine, t1w.affine):
+            inside = sample(Volume(inside, mask.affine), t1w.points())[0].astype(np.float32)
     elif templates.skull_stripped:
-        mask = Volume((t1w.data > 0).astype(np.float32), t1w.affine)
+        inside = (t1w.data > 0).astype(np.float32)
     else:
         raise MissingResourceError(
             f"the template {templates.t1w} has a skull and comes without a brain mask; "
             "give its brain mask too"
         )
-    mask = _on_grid(mask, t1w)
     t1w = squeeze_intensities(t1w)
-    stripped = to_isotropic(Volume(t1w.data * mask.data, t1w.affine), spacing)
-    small_mask = to_isotropic(mask, spacing)
-    # A margin, so that a grown region is not cut at the edge of the template's grid.
-    kinds = {True: stripped}
-    if not templates.skull_stripped:
-        kinds[False] = to_isotropic(t1w, spacing)
-    return _Prepared(kinds, _grow(small_mask, 4.0), _grow(small_mask, 12.0), _grow(small_mask, 24.0))
-
-
-def run_jobs(jobs: list[dict[str, Any]], n_procs: int, seed: int, work_dir: Path) -> None:
-    """Run ANTs jobs (see `_ants_worker`) in at most ``n_procs`` child processes."""
-    n_procs = max(1, min(n_procs, len(jobs)))
-    package_root = str(Path(__file__).resolve().parents[2])
-    env = {
-        **os.environ,
-        "ANTS_RANDOM_SEED": str(seed),
-        "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(
-            p for p in (package_root, os.environ.get("PYTHONPATH", "")) if p
-        ),
-    }
-    children = []
-    for rank in range(n_procs):
-        listing = work_dir / f"{jobs[0]['stage']}_{rank}.json"
-        listing.write_text(json.dumps(jobs[rank::n_procs]))
-        log = listing.with_suffix(".log").open("w")
-        command = [sys.executable, "-m", "remix_bids.registration._ants_worker", str(listing)]
-        child = subprocess.Popen(command, env=env, stdout=log, stderr=log)  # noqa: S603
-        log.close()
-        children.append((child, listing.with_suffix(".log")))
-    failed = [(log.read_text()[-2000:]) for child, log in children if child.wait() != 0]
-    if failed:
-        raise RemixError(f"the registration process failed:\n{failed[0]}")
+    levels = {}
+    for spacing in LEVELS:
+        mask = to_isotropic(Volume(inside, t1w.affine), spacing)
+        kinds = {True: to_isotropic(Volume(t1w.data * inside, t1w.affine), spacing)}
+        if not templates.skull_stripped:
+            kinds[False] = to_isotropic(t1w, spacing)
+        distance = ndimage.distance_transform_edt(mask.data < 0.5) * spacing
+        near, middle, wide = (_grow(distance, mask.affine, mm) for mm in (4.0, 12.0, 24.0))
+        levels[spacing] = Prepared(kinds, near, middle, wide)
+    return levels
 
 
 def _displacement(a: np.ndarray, b: np.ndarray, points: np.ndarray) -> float:
@@ -248,7 +239,7 @@ def register_affine(
     original = load_volume(moving)
     head = depth_profile(original).head
     image = squeeze_intensities(original)
-    levels = {s: _prepare(templates, s) for s in (coarse.SPACING, 4.0, scoring.SPACING, 2.0)}
+    levels = prepare(templates)
     if skull_stripped is None:
         kinds = [False, True] if head > 0 else [True, False]
         if templates.skull_stripped:
@@ -270,8 +261,7 @@ def register_affine(
         first = _distinct(found[kind], brain, 2 if sloppy else POLISHED)
         better = [coarse.polish(s, small, eight.kinds[kind], eight.wide, centre) for s in first]
         better.sort(key=lambda s: -s.score)
-        unlikely = kind != kinds[0] and abs(head) > LOOK
-        candidates += _distinct(better, brain, 1 if sloppy or unlikely else TRIED)
+        candidates += _distinct(better, brain, 1 if sloppy else TRIED)
 
     judge = levels[scoring.SPACING]
     seen = to_isotropic(image, scoring.SPACING)
@@ -293,7 +283,10 @@ def register_affine(
         return {**row, "matrix": matrix, "start": start}
 
     Path(work_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=work_dir, prefix="affine_") as scratch_name:
+    with (
+        tempfile.TemporaryDirectory(dir=work_dir, prefix="affine_") as scratch_name,
+        Pool(n_procs, random_seed, Path(scratch_name)) as pool,
+    ):
         scratch = Path(scratch_name)
 
         def ants(stage: str, level: float, starts: list[coarse.Start], options: dict[str, Any]):
@@ -319,7 +312,7 @@ def register_affine(
                         "options": options,
                     }
                 )
-            run_jobs(jobs, n_procs, random_seed, scratch)
+            pool.run(jobs)
             rows = []
             for start, job in zip(starts, jobs, strict=True):
                 matrix = json.loads(Path(job["output"]).read_text())
@@ -328,7 +321,13 @@ def register_affine(
             return rows
 
         rows = [rate("search", s, s.matrix) for s in candidates]
-        rows += ants("first", 4.0, candidates, FIRST)
+        # ANTs tries the kind that the image does not look like only where that is in doubt.
+        doubt = abs(head) < LOOK
+        likely = [c for c in candidates if doubt or c.stripped == kinds[0]]
+        rows += ants("first", 4.0, likely, FIRST)
+        others = [c for c in candidates if c not in likely]
+        if others and max(rows, key=_order)["score"] < POOR:
+            rows += ants("other", 4.0, others, FIRST)
         best = [max((r for r in rows if r["skull_stripped"] == k), key=_order) for k in kinds]
         best.sort(key=_order, reverse=True)
         # The other kind gets its second stage only when it is close.
