@@ -1,0 +1,32 @@
+"""Running the installed commands as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+def run(name, *args, **environ):
+    """Run a console script beside this Python; show what it said when a test fails."""
+    done = subprocess.run(
+        [BIN / name, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **{key: str(value) for key, value in environ.items()}},
+        check=False,
+    )
+    print("$", name, *args, f"-> {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def last_line(done):
+    """The last line on standard output."""
+    return done.stdout.strip().splitlines()[-1]
+
+
+def assert_valid(dataset):
+    """The real BIDS validator finds no error (it says so with its exit status)."""
+    done = run("bids-validator-deno", "--ignoreWarnings", dataset)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,141 @@
+"""The whole way of one scan, from the command line, on the simulated brain."""
+
+import json
+from types import SimpleNamespace
+
+import nibabel as nb
+import numpy as np
+import pytest
+from commands import assert_valid, last_line, run
+
+from remix_bids.demo import compare
+from remix_bids.naming import output_names
+from remix_bids.spatial import WORKING_GRID
+from remix_bids.templates import NILEARN_SPACE
+
+pytestmark = pytest.mark.slow
+
+SCAN = "sub-demo/anat/sub-demo_T1w.nii.gz"
+BROKEN = "sub-broken/anat/sub-broken_T1w.nii.gz"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run on a good scan and a broken one, in folders with spaces in their names."""
+    folder = tmp_path_factory.mktemp("end to end") / "my demo"
+    assert run("remix-experts", "simulate", folder).returncode == 0
+    assert_valid(folder / "bids")
+    scan = folder / "bids" / SCAN
+    broken = folder / "bids" / BROKEN
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(scan.read_bytes()[:100_000])
+    (folder / "bids/participants.tsv").write_text("participant_id\nsub-demo\nsub-broken\n")
+    before = {path: path.read_bytes() for path in sorted((folder / "bids").rglob("*.*"))}
+    done = _participant(folder)
+    names = output_names(scan, NILEARN_SPACE)
+    return SimpleNamespace(folder=folder, out=folder / "out", names=names, done=done, before=before)
+
+
+def _participant(folder, *more):
+    # Whatever templates the machine has, this run must not need them.
+    return run(
+        "remix-bids",
+        *(folder / "bids", folder / "out", "participant", "-w", folder / "work"),
+        *("--output-spaces", NILEARN_SPACE, "--offline", *more),
+        TEMPLATEFLOW_HOME=folder / "no templates",
+    )
+
+
+def test_broken_scan_fails_alone(first):
+    assert first.done.returncode == 1
+    line = last_line(first.done)
+    assert line.startswith("1 done, 1 failed: ")
+    crashes = list((first.out / "sub-broken" / "log").rglob("crash-*.txt"))
+    assert crashes
+    assert str(crashes[0]) in line
+    assert not list(first.out.rglob("sub-broken*.nii.gz"))
+
+
+def test_input_is_untouched(first):
+    now = {path: path.read_bytes() for path in sorted((first.folder / "bids").rglob("*.*"))}
+    assert now == first.before
+
+
+def test_image_is_on_the_working_grid(first):
+    image = nb.load(first.out / first.names.image)
+    assert image.shape == WORKING_GRID.shape
+    np.testing.assert_allclose(image.affine, WORKING_GRID.affine)
+    assert image.get_data_dtype() == np.float32
+    assert int(image.header["sform_code"]) == int(image.header["qform_code"]) == 4  # MNI
+    data = image.get_fdata()
+    assert np.isfinite(data).all()
+    assert data.max() > 100  # the scanner's units
+
+
+def test_sidecar(first):
+    sidecar = json.loads((first.out / first.names.sidecar).read_text())
+    assert sidecar["SkullStripped"] is True
+    assert sidecar["Expert"] in (5, "5")
+    assert sidecar["EffectiveVoxelVolume"] == pytest.approx(5)
+    assert sidecar["VoxelVolume"] == pytest.approx(5)
+    assert sidecar["VoxelSize"] == pytest.approx([1, 1, 5])
+    assert sidecar["SelectionRule"].startswith("effective voxel volume")
+    assert len(sidecar["ExpertSHA256"]) == 64
+    assert sidecar["Sources"] == [f"bids:raw:{SCAN}"]
+    for key in (
+        *("SpatialReference", "Resolution", "Device", "RandomSeed", "Interpolation"),
+        *("IntensityScaling", "AffineDeterminant"),
+    ):
+        assert sidecar[key], key
+    assert sidecar["Warnings"] == []
+
+
+@pytest.fixture(scope="module")
+def comparison(first):
+    return compare(first.folder)
+
+
+def test_registration_is_recovered(comparison):
+    assert comparison.displacement < 2
+
+
+def test_transforms_are_inverse_to_each_other(first):
+    from remix_bids.registration.itk import read_itk_affine
+
+    forward = read_itk_affine(first.out / first.names.forward_transform)
+    inverse = read_itk_affine(first.out / first.names.inverse_transform)
+    np.testing.assert_allclose(forward @ inverse, np.eye(4), atol=1e-3)
+
+
+def test_expert_is_better_than_cubic(comparison):
+    assert comparison.expert_name == "5"
+    assert comparison.expert > comparison.cubic + 0.1  # an untrained network is at +0.0
+
+
+def test_compare_prints_the_figures_and_the_report(first):
+    done = run("remix-experts", "compare", first.folder)
+    assert done.returncode == 0
+    assert "dB" in done.stdout
+    assert last_line(done) == f"report: {first.out / 'sub-demo.html'}"
+
+
+def test_report(first):
+    page = (first.out / "sub-demo.html").read_text()
+    for figure in (first.names.registration, first.names.enhancement):
+        assert (first.out / figure).is_file()
+        assert figure.name in page
+
+
+def test_output_is_valid(first):
+    assert_valid(first.out)
+    assert not [p for p in first.out.rglob("*") if p.name.endswith(".part")]
+
+
+def test_second_run_recomputes_nothing(first):
+    image = first.out / first.names.image
+    before = image.stat().st_mtime_ns
+    done = _participant(first.folder, "--participant-label", "sub-demo", "--nprocs", "1")
+    assert done.returncode == 0
+    assert last_line(done) == "1 done, 0 failed"
+    assert "nodes: 0 run" in done.stdout
+    assert image.stat().st_mtime_ns == before
