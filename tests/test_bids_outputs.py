@@ -1,6 +1,7 @@
 """Names and files of the output dataset."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 import nibabel as nb
 import numpy as np
 import pytest
-from bids_skeletons import GEOMETRY, save_image
 
 from remix_bids.derivatives import IGNORED, write_dataset_files, write_text
 from remix_bids.errors import GraphError, InputImageError
@@ -19,6 +19,7 @@ from remix_bids.interfaces.reports import summary_html
 from remix_bids.naming import check_collisions, output_names, split_name
 from remix_bids.qc import mosaic
 from remix_bids.reports.individual import build_report, open_crash_files
+from tests.bids_skeletons import GEOMETRY, save_image
 
 VALIDATOR = Path(sys.executable).parent / "bids-validator-deno"
 
@@ -348,6 +349,13 @@ def test_report_shows_crashes_until_the_scan_has_come_through(tmp_path):
     page = build_report(tmp_path, "01", "run", {}).read_text()
     assert "a &lt;b&gt; is empty." in page
     assert "1 step(s) failed" in page
+    again = tmp_path / "sub-01/log/run2"
+    again.mkdir()
+    again = Path(shutil.copy(crash, again))
+    os.utime(crash, (1, 1))
+    assert open_crash_files(tmp_path / "sub-01") == [again]  # of one node the last counts
+    again.unlink()
+    os.utime(crash)
     write_example(tmp_path, tmp_path, "sub-01_run-2_T1w.nii.gz")  # another scan changes nothing
     assert open_crash_files(tmp_path / "sub-01") == [crash]
     write_example(tmp_path, tmp_path, "sub-01_run-1_T1w.nii.gz")

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from bids_skeletons import make_dataset
 
 from remix_bids.cli.app import run
 from remix_bids.cli.parser import parse_args
@@ -16,6 +15,7 @@ from remix_bids.config import RunConfig
 from remix_bids.errors import NothingToDoError, UsageError
 from remix_bids.inputs import collect_scans
 from remix_bids.resources import available_cpus, available_memory_gb, parse_memory
+from tests.bids_skeletons import make_dataset
 
 NAMES = [
     "sub-01_ses-a_T1w.nii.gz",
@@ -299,6 +299,67 @@ def test_exit_70_on_collision(tmp_path, capsys):
     assert run([*map(str, arguments), "--skip-bids-validation"]) == 70
     assert "both be written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_failed_scans_are_reported_one_by_one(tmp_path, capsys):
+    """A real run in which every scan is bad: nothing is registered, so it is quick."""
+    bids = make_dataset(tmp_path / "my bids", NAMES[:1] + NAMES[3:])  # empty files
+    experts = fake_experts(tmp_path)
+    out = tmp_path / "my out"
+    arguments = [bids, out, "participant", "-w", tmp_path / "w", "--offline", "--nprocs", 2]
+    arguments += ["--output-spaces", "MNI152NLin2009aSym", "--experts-dir", experts]
+    assert run([*map(str, arguments), "--skip-bids-validation"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    crashes = sorted(out.glob("sub-*/log/*/crash-*.txt"))
+    assert len(crashes) == 2
+    assert lines[-1].startswith("0 done, 2 failed: ")
+    assert all(str(crash) in lines[-1] for crash in crashes)
+    assert lines[-2] == "nodes: 0 run, 0 cached"
+    reasons = [line for line in lines if "cannot be read" in line]
+    assert [line.partition(":")[0] for line in reasons] == ["sub-01_ses-a_T1w", "sub-02_T1w"]
+    for crash in crashes:
+        subject = crash.relative_to(out).parts[0]
+        page = (out / f"{subject}.html").read_text()
+        assert "cannot be read" in page
+        settings = RunConfig.from_toml((crash.parent / "remix_bids.toml").read_text())
+        assert settings.bids_dir == bids
+    assert (out / "dataset_description.json").exists()
+    assert not list(out.rglob("*.nii.gz"))
+
+
+def test_plugin_file(dataset, tmp_path):
+    from remix_bids.workflows.run import read_plugin_file
+
+    file = tmp_path / "plugin.yml"
+    file.write_text("plugin: Linear\n")
+    assert read_plugin_file(file) == {"plugin": "Linear", "plugin_args": {}}
+    for text, complaint in [
+        ("plugin: Magic", "Magic"),
+        ("speed: 1", "must name"),
+        ("plugin: [", "cannot be read"),
+        ("plugin: Linear\nplugin_args: 3", "table"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UsageError, match=complaint):
+            read_plugin_file(file)
+    arguments = [str(dataset), str(tmp_path / "out"), "participant", "-w", str(tmp_path / "w")]
+    assert run([*arguments, "--use-plugin", str(file), "--offline"]) == 2
+
+
+def test_exit_code_is_decided_in_one_place(capsys):
+    from remix_bids.cli.app import conclude
+    from remix_bids.inputs import Scan
+    from remix_bids.workflows.run import Outcome, explain
+
+    good, bad = (Scan(Path(f"sub-0{i}_T1w.nii"), f"0{i}", None, None) for i in (1, 2))
+    assert conclude(Outcome(done=[good]), []) == 0
+    assert capsys.readouterr().out == "1 done, 0 failed\n"
+    assert conclude(Outcome(done=[good]), ["01"]) == 1  # its report failed
+    assert conclude(Outcome(done=[good], failed={bad: "why"}), []) == 1
+    assert conclude(Outcome(failed={bad: "why"}, missing_resource=True), []) == 78
+    text = "Traceback:\n\tremix_bids.errors.MissingResourceError: no template.\n\n"
+    assert explain(text) == ("MissingResourceError", "no template.")
+    assert explain("Traceback:\n\tValueError: x\n") == ("ValueError", "ValueError: x")
 
 
 # --- resources -----------------------------------------------------------------------------------

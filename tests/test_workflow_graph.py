@@ -1,7 +1,6 @@
 """Graphs built from BIDS skeletons, without data: one branch per scan, nothing crosses."""
 
 import pytest
-from bids_skeletons import make_dataset
 from nipype import IdentityInterface
 
 from remix_bids.config import RunConfig
@@ -10,6 +9,7 @@ from remix_bids.inputs import collect_scans
 from remix_bids.interfaces.bids import DerivativesSink
 from remix_bids.templates import Template
 from remix_bids.workflows.base import init_remix_wf
+from tests.bids_skeletons import make_dataset
 
 SKELETONS = {
     "plain": ["sub-01_T1w.nii.gz"],

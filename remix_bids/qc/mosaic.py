@@ -57,6 +57,20 @@ def intensity_window(volume: np.ndarray, mask: np.ndarray) -> tuple[float, float
     return (low, high) if high > low else (low, low + 1.0)
 
 
+def _box(mask: np.ndarray, *volumes: np.ndarray) -> tuple[slice, slice, slice]:
+    """The part of the grid that is worth showing: a mask, and what is bright around it."""
+    shown = mask.copy()
+    for volume in volumes:
+        shown |= volume > 0.05 * intensity_window(volume, mask)[1]
+    if not shown.any():
+        shown[:] = True
+    sides = []
+    for axis in range(3):
+        hits = np.flatnonzero(shown.any(axis=tuple(a for a in range(3) if a != axis)))
+        sides.append(slice(max(hits[0] - 2, 0), hits[-1] + 3))
+    return sides[0], sides[1], sides[2]
+
+
 def _slices(volume: np.ndarray, cuts: Cuts) -> list[list[np.ndarray]]:
     """Rows (axial, coronal, sagittal) of 2D slices (row 0 on top)."""
     return [
@@ -165,6 +179,9 @@ def overlay(
     inner : (x, y, z) bool array, optional
         Drawn in blue: a structure inside, such as the ventricles.
     """
+    box = _box(mask, volume)
+    volume, reference, mask = volume[box], reference[box], mask[box]
+    inner = None if inner is None else inner[box]
     cuts = choose_cuts(mask, n)
     layout = _layout(volume.shape, n)
     edges = f'<path class="edge" stroke="#f33" d="{_contours(mask, cuts)}"/>'
@@ -189,6 +206,8 @@ def before_after(before: np.ndarray, after: np.ndarray, mask: np.ndarray, *, n: 
     mask : (x, y, z) bool array
         Where to look; cuts and window are taken from ``before`` inside it.
     """
+    box = _box(mask, before)
+    before, after, mask = before[box], after[box], mask[box]
     cuts = choose_cuts(mask, n)
     layout = _layout(before.shape, n)
     window = intensity_window(before, mask)

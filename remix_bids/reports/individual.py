@@ -88,7 +88,7 @@ def open_crash_files(subject_dir: Path) -> list[Path]:
     """Crash files of all runs, but for scans that have come through since.
 
     A crash belongs to the scan whose workflow its ``Node:`` line names; the scan has come through
-    when one of its sidecars is younger.
+    when one of its sidecars is younger. Of one node only the last crash counts.
     """
     finished: dict[str, float] = {}
     for sidecar in subject_dir.rglob("*_desc-remix_T1w.json"):
@@ -97,14 +97,15 @@ def open_crash_files(subject_dir: Path) -> list[Path]:
             entities.pop(key, None)
         name = workflow_name(join_name(entities, suffix, ""))
         finished[name] = max(finished.get(name, 0.0), sidecar.stat().st_mtime)
-    left = []
-    for crash in sorted((subject_dir / "log").glob("*/crash-*.txt")):
+    left: dict[str, Path] = {}
+    crashes = (subject_dir / "log").glob("*/crash-*.txt")
+    for crash in sorted(crashes, key=lambda path: path.stat().st_mtime):
         with crash.open(errors="replace") as file:
-            parts = file.readline().strip().partition(": ")[2].split(".")
-        done = max((finished.get(part, 0.0) for part in parts), default=0.0)
+            node = file.readline().strip().partition(": ")[2] or crash.name
+        done = max(finished.get(part, 0.0) for part in node.split("."))
         if done < crash.stat().st_mtime:
-            left.append(crash)
-    return left
+            left[node] = crash
+    return list(left.values())
 
 
 def _errors(subject_dir: Path, scans: dict[str, Any]) -> str:
