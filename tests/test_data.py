@@ -7,10 +7,10 @@ from pathlib import Path
 import nibabel as nb
 import numpy as np
 import pytest
-from commands import assert_valid, last_line, run
 
 from remix_bids.registration.itk import read_itk_affine
 from remix_bids.spatial import WORKING_GRID
+from tests.commands import assert_valid, last_line, run
 
 pytestmark = pytest.mark.data
 N_SCANS = 7

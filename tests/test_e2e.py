@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import nibabel as nb
 import numpy as np
 import pytest
-from commands import assert_valid, last_line, run
 
 from remix_bids.demo import compare
 from remix_bids.naming import output_names
 from remix_bids.spatial import WORKING_GRID
 from remix_bids.templates import NILEARN_SPACE
+from tests.commands import assert_valid, last_line, run
 
 pytestmark = pytest.mark.slow
 
