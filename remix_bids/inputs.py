@@ -173,6 +173,11 @@ def _translate(filters: dict[str, Any], layout: Any) -> dict[str, Any]:
             f"--bids-filter-file: unknown entity {', '.join(unknown)}; "
             f"known: {', '.join(sorted(known))}"
         )
+    for key, fixed in (("suffix", "T1w"), ("datatype", "anat")):
+        if filters.get(key, fixed) != fixed:
+            raise UsageError(
+                f"--bids-filter-file: {key} is {filters[key]!r}; only {fixed} can be worked on"
+            )
     out = {}
     for key, value in filters.items():
         if value is None:

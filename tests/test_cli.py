@@ -162,6 +162,21 @@ def test_config_file_gives_way_to_the_command_line(parse, tmp_path):
         parse("--config-file", file)
 
 
+def test_relative_paths_and_links(dataset, tmp_path, monkeypatch):
+    from remix_bids.workflows.base import bids_uri
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(dataset)
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("../bids", "../link", "../here/../bids"):
+        config = parse_args([name, "../out", "participant"])
+        assert config.output_dir == tmp_path / "out"
+        assert config.work_dir == tmp_path / "here/work"
+        scan = collect_scans(config, {})[0]
+        assert bids_uri(scan.path, config.bids_dir) == f"bids:raw:sub-01/ses-a/anat/{NAMES[0]}"
+    assert bids_uri(dataset / "sub-02/x.nii", tmp_path / "link") == "bids:raw:sub-02/x.nii"
+
+
 # --- folders -------------------------------------------------------------------------------------
 
 
@@ -222,6 +237,11 @@ def test_filter_file(parse, tmp_path):
     assert names(config, read_filters(config)) == NAMES[3:]
     file.write_text(json.dumps({"t1w": {"colour": "red"}}))
     with pytest.raises(UsageError, match="colour"):
+        names(config, read_filters(config))
+    file.write_text(json.dumps({"t1w": {"suffix": "T1w", "datatype": "anat", "run": 1}}))
+    assert names(config, read_filters(config)) == NAMES[1:2]
+    file.write_text(json.dumps({"t1w": {"suffix": "T2w"}}))
+    with pytest.raises(UsageError, match="only T1w"):
         names(config, read_filters(config))
     file.write_text(json.dumps({"bold": {}}))
     with pytest.raises(UsageError, match="bold"):

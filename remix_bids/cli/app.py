@@ -46,6 +46,7 @@ class Job:
     scans: tuple[Scan, ...]
     template: Template
     experts_table: Path
+    complaints: str  # of the validator
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Neither Nipype nor anything else may call home; both are read when Nipype is imported.
     os.environ["NO_ET"] = os.environ["NIPYPE_NO_ET"] = "1"
     os.environ.setdefault("MPLBACKEND", "Agg")
+    # Sums in another order are other sums: only torch, which is told how many, uses threads.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -108,17 +112,13 @@ def check(config: RunConfig) -> Job:
     complaints = run_validator(config)
     if complaints:
         LOGGER.warning("bids-validator-deno has complaints; going on:\n%s\n", complaints)
-        if not config.dry_run:
-            log = config.output_dir / "logs" / f"bids-validator_{config.run_uuid}.txt"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(complaints + "\n")
     template = find_template(config.output_spaces, offline=config.offline)
     registry = load_registry(config.experts_dir)
     records = list(registry) if config.expert == "auto" else [registry[config.expert]]
     for record in records:
         record.check()
     table = records[0].path.parent / "experts.toml"
-    return Job(config, tuple(scans), template, table)
+    return Job(config, tuple(scans), template, table, complaints)
 
 
 def with_resources(config: RunConfig) -> RunConfig:
@@ -226,6 +226,9 @@ def work(job: Job) -> Outcome:
     try:
         config.work_dir.mkdir(parents=True, exist_ok=True)
         write_dataset_files(config.output_dir, config.bids_dir)
+        if job.complaints:
+            log = config.output_dir / "logs" / f"bids-validator_{config.run_uuid}.txt"
+            write_text(log, job.complaints + "\n")
         for subject in sorted({scan.subject for scan in job.scans}):
             write_text(log_dir(config, subject) / "remix_bids.toml", config.to_toml())
     except OSError as error:

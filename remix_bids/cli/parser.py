@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import time
 import uuid
@@ -87,22 +88,23 @@ def _device(text: str) -> str:
     return text
 
 
+def _path(text: str) -> Path:
+    # Absolute, without "..", but links stay what they are.
+    return Path(os.path.abspath(Path(text).expanduser()))
+
+
 def _file(text: str) -> Path:
-    path = Path(text).expanduser()
+    path = _path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}")
-    return path.absolute()
+    return path
 
 
 def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
+    path = _path(text)
     if not path.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
-    return path.absolute()
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+    return path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -306,7 +308,7 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     for prefix, name in (("sub-", "participant_label"), ("ses-", "session_label")):
         labels = (str(label).removeprefix(prefix) for label in settings.get(name, ()))
         settings[name] = tuple(dict.fromkeys(labels))
-    settings.setdefault("work_dir", Path("work").absolute())
+    settings.setdefault("work_dir", _path("work"))
     settings["run_uuid"] = f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}"
     config = RunConfig(**settings)
     check_folders(config)

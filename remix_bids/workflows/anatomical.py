@@ -18,8 +18,10 @@ from remix_bids.naming import OutputNames
 from remix_bids.templates import Template
 from remix_bids.workflows.outputs import init_derivatives_wf, init_figures_wf
 
-# Peak memory in GB, measured on 512 x 512 x 24 and 256 x 256 x 160 scans.
-VALIDATE_GB, REGISTER_GB, RESAMPLE_GB, ENHANCE_GB = 0.5, 2.0, 2.0, 4.0
+# Peak memory in GB, measured with --resource-monitor on the seven clinical scans at hand (0.1, 0.8
+# with two starts side by side, 0.8, 1.6), and a margin for larger images.
+VALIDATE_GB, RESAMPLE_GB, ENHANCE_GB = 0.3, 1.5, 2.5
+REGISTER_GB, REGISTER_GB_PER_START = 0.5, 0.4
 
 
 def init_anat_remix_wf(
@@ -81,7 +83,7 @@ def init_anat_remix_wf(
         ),
         name="register",
         n_procs=omp_nthreads,
-        mem_gb=heavy_gb or REGISTER_GB,
+        mem_gb=heavy_gb or REGISTER_GB + REGISTER_GB_PER_START * omp_nthreads,
     )
     to_mni = Node(ToWorkingGrid(template=str(template.t1w)), name="to_mni", mem_gb=RESAMPLE_GB)
     if template.brain_mask is not None:

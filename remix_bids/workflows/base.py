@@ -134,6 +134,8 @@ def static_metadata(*, config: RunConfig, scan: Scan, template: Template) -> dic
 
 def bids_uri(path: Path, bids_dir: Path) -> str:
     """BIDS URI of an input file; ``raw`` is defined by DatasetLinks of the output."""
+    if not path.is_relative_to(bids_dir):  # one of the two goes through a link
+        path, bids_dir = path.parent.resolve() / path.name, bids_dir.resolve()
     return f"bids:raw:{path.relative_to(bids_dir).as_posix()}"
 
 

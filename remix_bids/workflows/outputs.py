@@ -76,8 +76,8 @@ def init_figures_wf(
     place = {"template": str(template.t1w)}
     if template.brain_mask is not None:
         place["template_mask"] = str(template.brain_mask)
-    plot_registration = Node(PlotRegistration(**place), name="plot_registration", mem_gb=0.5)
-    plot_enhancement = Node(PlotEnhancement(**place), name="plot_enhancement", mem_gb=0.5)
+    plot_registration = Node(PlotRegistration(**place), name="plot_registration", mem_gb=0.8)
+    plot_enhancement = Node(PlotEnhancement(**place), name="plot_enhancement", mem_gb=0.8)
     summarize = Node(
         Summarize(source=source), name="summarize", run_without_submitting=True, mem_gb=0.01
     )
