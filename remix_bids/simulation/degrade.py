@@ -19,6 +19,7 @@ from remix_bids.spatial import WORKING_GRID, Grid, along_axis, coverage, index_m
 
 _FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 _MARGIN_MM = 3.0
+_GAUSSIAN_REACH, _BOX_REACH = 1.3, 0.75  # widths from its centre at which a profile ends
 _NEGLIGIBLE = 0.6  # mm; a kernel this narrow takes less than 15 % off the highest frequency of 1 mm
 
 
@@ -73,7 +74,7 @@ def _profile_matrix(n: int, spacing: float, width: float, box: bool) -> tuple[np
         return np.eye(n), 1, 0
     m = _oversampling(spacing, width)
     step = spacing / m
-    reach = math.ceil((1.3 * width if not box else 0.75 * width) / step)
+    reach = math.ceil((_BOX_REACH if box else _GAUSSIAN_REACH) * width / step)
     offsets = np.arange(-reach, reach + 1)
     weights = profile(offsets * step, width, box)
     weights /= weights.sum()
@@ -83,12 +84,16 @@ def _profile_matrix(n: int, spacing: float, width: float, box: bool) -> tuple[np
     return matrix, m, reach
 
 
-def _native_ranges(box: np.ndarray, mapping: np.ndarray, grid: Grid) -> list[tuple[int, int]]:
+def _native_ranges(
+    box: np.ndarray, mapping: np.ndarray, acquisition: Acquisition
+) -> list[tuple[int, int]]:
     """Ranges of native indices that see, or are seen from, a box (2, 3) of image indices."""
+    grid = acquisition.grid
     corners = np.array([(*corner, 1) for corner in product(*box.T)])
     index = (np.linalg.inv(mapping) @ corners.T)[:3]
     # Four voxels: beyond, the spline that brings the native image back has decayed to .5 %.
-    margin = 4 + _MARGIN_MM / grid.voxel_sizes
+    reach = _GAUSSIAN_REACH * np.array(acquisition.widths)
+    margin = np.maximum(4, reach / grid.voxel_sizes) + _MARGIN_MM / grid.voxel_sizes
     last = np.array(grid.shape) - 1
     low = np.clip(np.floor(index.min(axis=1) - margin), 0, last).astype(int)
     high = np.clip(np.ceil(index.max(axis=1) + margin), low, last).astype(int)
@@ -142,7 +147,7 @@ def acquire(
     # A grid moved by `world` is in scanner world; so the image may be on any grid of the template.
     mapping = index_map(native, grid, np.linalg.inv(acquisition.world))
     box = bounding_box(image != 0) if region is None else region
-    ranges = _native_ranges(box, mapping, native)
+    ranges = _native_ranges(box, mapping, acquisition)
     sizes = native.voxel_sizes
     matrices, refine, shape = [], np.eye(4), []
     for axis, (start, stop) in enumerate(ranges):
