@@ -347,6 +347,24 @@ def test_failed_scans_are_reported_one_by_one(tmp_path, capsys):
     assert not list(out.rglob("*.nii.gz"))
 
 
+def test_stop_on_first_crash_and_clean_workdir(tmp_path, capsys):
+    from remix_bids.workflows.base import ROOT
+
+    bids = make_dataset(tmp_path / "bids", NAMES[:1] + NAMES[3:])
+    for place in (f"w/{ROOT}/old", "w/mine"):
+        (tmp_path / place).mkdir(parents=True)
+    arguments = [bids, tmp_path / "out", "participant", "-w", tmp_path / "w", "--offline"]
+    arguments += ["--output-spaces", "MNI152NLin2009aSym", "--experts-dir", fake_experts(tmp_path)]
+    arguments += ["--nprocs", 1, "--stop-on-first-crash", "--clean-workdir"]
+    assert run([*map(str, arguments), "--skip-bids-validation"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(list(tmp_path.glob("out/sub-*/log/*/crash-*.txt"))) == 1
+    assert lines[-1].startswith("0 done, 2 failed: ")
+    assert any("not run" in line for line in lines)
+    assert not (tmp_path / "w" / ROOT / "old").exists()
+    assert (tmp_path / "w/mine").exists()  # only what is ours is removed
+
+
 def test_plugin_file(dataset, tmp_path):
     from remix_bids.workflows.run import read_plugin_file
 

@@ -19,6 +19,18 @@ def kill_self(value):
     return value
 
 
+def kill_self_leaving_a_child(value):
+    import os
+    import signal
+    import subprocess
+
+    child = subprocess.Popen(["sleep", "600"])
+    with open("../child.txt", "w") as file:
+        file.write(str(child.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
 def leave(value):
     import os
 
@@ -85,6 +97,24 @@ def test_killed_worker(tmp_path, bad, how):
     assert (tmp_path / "work/wf/ran.txt").read_text() == "x"
     assert not (tmp_path / "work/wf/never/result_never.pklz").exists()
     assert (plugin.n_run, plugin.n_cached) == (2, 0)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks processes up in /proc")
+def test_children_of_a_killed_worker_end_with_it(tmp_path):
+    run(build(tmp_path, kill_self_leaving_a_child))
+    pid = int((tmp_path / "work/wf/child.txt").read_text())
+    until = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not is_running(pid)
 
 
 def test_rerun_is_cached(tmp_path):

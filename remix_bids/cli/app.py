@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Sums in another order are other sums: only torch, which is told how many, uses threads.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
+    signal.signal(signal.SIGTERM, _interrupt)  # docker stop, scancel: end the workers, too
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -83,6 +85,10 @@ def run(argv: Sequence[str]) -> int:
         return 130
     failed_reports = report(job, outcome)
     return conclude(outcome, failed_reports)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def start_logging(config: RunConfig) -> None:

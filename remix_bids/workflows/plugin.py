@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,7 @@ KILLED = (
 
 def _start_worker(cwd: str, log_level: int, resource_monitor: bool) -> None:
     """Prepare a fresh worker process (it shares no state with the parent)."""
+    os.setpgid(0, 0)  # what a worker starts can then be ended together with it
     os.chdir(cwd)
     os.environ["NIPYPE_NO_ET"] = os.environ["NO_ET"] = "1"
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -115,6 +118,7 @@ class RemixMultiProcPlugin(MultiProcPlugin):
         except Exception as error:
             died = isinstance(error, BrokenProcessPool)
             how = _exit_reason(processes) if died else ""
+            _end_groups(processes)
             message = KILLED.format(node=name, how=how) if died else f"{error!r}\n"
             result = {
                 "result": None,
@@ -152,9 +156,18 @@ class RemixMultiProcPlugin(MultiProcPlugin):
         for slot in [*self._idle, *self._busy.values()]:
             slot.shutdown(wait=False, cancel_futures=True)
         for slot in self._busy.values():
-            for process in list((slot._processes or {}).values()):
+            processes = dict(slot._processes or {})
+            _end_groups(processes)
+            for process in processes.values():
                 process.terminate()
         self._idle, self._busy = [], {}
+
+
+def _end_groups(processes: dict[int, Any]) -> None:
+    """End all that the processes of a slot have started, such as ANTs."""
+    for pid in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGTERM)
 
 
 def _exit_reason(processes: dict[int, Any], patience: float = 2.0) -> str:
