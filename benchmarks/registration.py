@@ -47,7 +47,8 @@ GEOMETRIES = (
 )  # fmt: skip
 FIELDS = (
     "what", "image", "geometry", "voxel", "oblique_deg", "offset_mm", "truly_stripped",
-    "found_stripped", "displacement_mm", "score", "warned", "scale_min", "scale_max", "cpu_s",
+    "found_stripped", "displacement_mm", "score", "peak", "warned", "scale_min", "scale_max",
+    "cpu_s",
 )  # fmt: skip
 
 
@@ -91,6 +92,7 @@ def register(path: Path, data: Path, work: Path) -> dict[str, Any]:
         "matrix": found.matrix.tolist(),
         "found_stripped": found.skull_stripped,
         "score": round(found.score, 3),
+        "peak": found.peak,
         "warned": int(bool(found.warnings)),
         "scale_min": round(float(found.singular_values[-1]), 3),
         "scale_max": round(float(found.singular_values[0]), 3),

@@ -42,6 +42,7 @@ DISTINCT = 8.0  # mm over the brain: closer starts are the same start
 LOOK = 0.5  # evidence for a head or a brain that is believed, see `volumes.DepthProfile`
 BONUS = 0.15  # what full evidence is worth in units of the score
 POOR = 0.45  # score below which a result is not trusted
+PEAK = -0.005  # a score this much better a few mm away is a warning, see `score.peak`
 COVERED = 0.6  # fraction of the template's brain that must lie in the field of view
 
 LEVELS = (coarse.SPACING, 4.0, scoring.SPACING, 2.0)
@@ -95,7 +96,7 @@ class AffineResult:
     score : float
         Neighbourhood correlation with the template in and around the brain, 0 to 1.
     plausible : bool
-        Score, scales and coverage are as they should be.
+        Score, peak, scales and coverage are as they should be.
     singular_values : (3,) array
         Native mm per template mm, largest first.
     determinant : float
@@ -104,6 +105,8 @@ class AffineResult:
         One sentence each; empty when plausible.
     starts : list of dict
         Every registration run: name, stage, skull_stripped, score, coverage, singular_values.
+    peak : float
+        How far the score falls a few mm away, see `score.peak`; below 0 is wrong.
     """
 
     matrix: np.ndarray
@@ -114,6 +117,7 @@ class AffineResult:
     determinant: float
     warnings: list[str] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    peak: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -315,7 +319,7 @@ def register_affine(
             pool.run(jobs)
             rows = []
             for start, job in zip(starts, jobs, strict=True):
-                matrix = json.loads(Path(job["output"]).read_text())
+                matrix = json.loads(Path(str(job["output"])).read_text())
                 if matrix is not None:
                     rows.append(rate(stage, start, np.array(matrix)))
             return rows
@@ -343,7 +347,17 @@ def register_affine(
             rows += ants("skull", 2.0, starts, SECOND)
 
     winner = max(rows, key=_order)
-    return _result(winner, log, templates)
+    kind = winner["skull_stripped"]
+    fall = scoring.peak(seen, judge.kinds[kind], judge.near, winner["matrix"])
+    result = _result(winner, fall, log)
+    if skull_stripped is None and head * (-1 if kind else 1) < -LOOK:
+        seen_as = "a stripped brain" if kind else "a whole head"
+        result.warnings.append(
+            f"Registration: the image was matched as {seen_as} but does not look like one; state "
+            "SkullStripped in its sidecar."
+        )
+        result.plausible = False
+    return result
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, float]:
@@ -358,7 +372,7 @@ def _refusal(templates: Templates) -> MissingResourceError:
     )
 
 
-def _result(winner: dict[str, Any], log: list[dict[str, Any]], templates: Templates):
+def _result(winner: dict[str, Any], fall: float, log: list[dict[str, Any]]) -> AffineResult:
     matrix = winner["matrix"]
     warnings = []
     if not winner["possible"]:
@@ -371,6 +385,11 @@ def _result(winner: dict[str, Any], log: list[dict[str, Any]], templates: Templa
         warnings.append(
             f"Registration: the image agrees poorly with the template (score "
             f"{winner['score']:.2f}, expected above {POOR}); look at the overlay."
+        )
+    if fall < PEAK:
+        warnings.append(
+            "Registration: a result a few mm away agrees better with the template (score "
+            f"{winner['score'] - fall:.2f} instead of {winner['score']:.2f}); look at the overlay."
         )
     if winner["coverage"] < COVERED:
         warnings.append(
@@ -386,4 +405,5 @@ def _result(winner: dict[str, Any], log: list[dict[str, Any]], templates: Templa
         determinant=float(np.linalg.det(matrix[:3, :3])),
         warnings=warnings,
         starts=log,
+        peak=round(fall, 4),
     )

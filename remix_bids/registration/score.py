@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from remix_bids.registration.volumes import Volume, sample
 
@@ -76,9 +77,45 @@ def agreement(
     matrix : (4, 4) array
         Template world to native world, RAS+ mm.
     """
-    points = template.points()
+    box = ndimage.find_objects((region.data > 0.5).astype(int))[0]
+    where = region.data[box] > 0.5
+    points = template.points()[(slice(None), *box)]
     at = np.tensordot(matrix[:3, :3], points, 1) + matrix[:3, 3].reshape(3, 1, 1, 1)
     values, inside = sample(moving, at)
-    where = region.data > 0.5
-    score = neighbourhood_correlation(template.data, values, inside, where)
+    score = neighbourhood_correlation(template.data[box], values, inside, where)
     return score, float(inside[where].mean())
+
+
+def perturbations(centre: np.ndarray) -> list[np.ndarray]:
+    """Small wrong turns (4x4) about a centre: 4 mm, 6 degrees, 8 % along and about each axis.
+
+    Each moves the brain by about 4 mm.
+    """
+    changes = []
+    for axis in range(3):
+        for sign in (-1, 1):
+            shift = np.eye(4)
+            shift[axis, 3] = 4.0 * sign
+            changes.append(shift)
+            linear = [Rotation.from_rotvec(np.eye(3)[axis] * np.deg2rad(6.0 * sign)).as_matrix()]
+            linear.append(np.diag(1 + 0.08 * sign * np.eye(3)[axis]))
+            for part in linear:
+                about = np.eye(4)
+                about[:3, :3] = part
+                about[:3, 3] = centre - part @ centre
+                changes.append(about)
+    return changes
+
+
+def peak(moving: Volume, template: Volume, region: Volume, matrix: np.ndarray) -> float:
+    """How far the score falls at the most favourable of the `perturbations`.
+
+    A right registration lies on a peak: the score, which is not what was optimised, falls on every
+    side. Below 0 a result a few mm away agrees better, so something is wrong.
+    """
+    here = agreement(moving, template, region, matrix)[0]
+    centre = region.points()[:, region.data > 0.5].mean(axis=1)
+    return min(
+        here - agreement(moving, template, region, matrix @ change)[0]
+        for change in perturbations(centre)
+    )

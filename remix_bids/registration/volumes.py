@@ -91,7 +91,7 @@ def sample(volume: Volume, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     index = np.tensordot(inverse[:3, :3], points, 1)
     index += inverse[:3, 3].reshape(3, *([1] * (points.ndim - 1)))
     sizes = np.array(volume.data.shape).reshape(3, *([1] * (points.ndim - 1)))
-    inside = ((index >= -0.5) & (index <= sizes - 0.5)).all(axis=0)
+    inside = np.asarray(((index >= -0.5) & (index <= sizes - 0.5)).all(axis=0))
     values = ndimage.map_coordinates(volume.data, index, order=1, mode="nearest")
     return values * inside, inside
 
