@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
 from remix_bids.spatial import WORKING_GRID
-from remix_bids.training.dataset import OFF, Augmentation, Person, Simulator, vary
+from remix_bids.training.dataset import (
+    OFF,
+    Augmentation,
+    Pair,
+    Person,
+    Simulator,
+    draw_patches,
+    vary,
+)
 from remix_bids.training.losses import (
     SHARES,
     RemixLoss,
@@ -81,22 +89,22 @@ def test_ssim_is_bounded_and_symmetric(images):
     assert ssim_map(x, y).abs().max() <= 1
 
 
-def test_ssim_against_scikit_image(images):
-    from skimage.metrics import structural_similarity
+def test_ssim_of_one_window_by_hand(images):
+    """The textbook formula on a single 7-voxel window, weights from scipy's Gaussian."""
+    from scipy.ndimage import gaussian_filter
 
-    x, y, _ = images
-    _, expected = structural_similarity(
-        x[0].numpy(),
-        y[0].numpy(),
-        win_size=7,
-        gaussian_weights=True,
-        sigma=1.5,
-        truncate=2.0,
-        use_sample_covariance=False,
-        data_range=1.0,
-        full=True,
+    x, y = (i[0, :7, :7, :7].double().numpy() for i in images[:2])
+    spike = np.zeros((7, 7, 7))
+    spike[3, 3, 3] = 1
+    w = gaussian_filter(spike, 1.5, radius=3)
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum()
+    vxy = (w * (x - mx) * (y - my)).sum()
+    c1, c2 = 0.01**2, 0.03**2
+    expected = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert float(ssim_map(*(i[:1] for i in images[:2]))[0, 0, 0, 0]) == pytest.approx(
+        expected, abs=1e-5
     )
-    np.testing.assert_allclose(ssim_map(x, y)[0], expected[3:-3, 3:-3, 3:-3], atol=1e-4)
 
 
 def test_calibration_gives_the_shares(images):
@@ -133,7 +141,7 @@ def simulator(augment=OFF, **settings):
         seed=5,
         patch=16,
         cube=64,
-        patches_per_volume=8,
+        patches_per_volume=4,
         augment=augment,
         **settings,
     )
@@ -166,6 +174,31 @@ def test_class_weights_follow_the_recipe():
     assert class_weights("trunk", {"classes": [1, 2, 3, 4, 5, 6, 7]}, 0.85)[6] == 7
 
 
+class BlurredNoise:
+    """A task for the loop itself: sharpen what a known blur has smoothed."""
+
+    patches_per_volume = 16
+
+    def __init__(self, seed=5):
+        self.seed = seed
+
+    def __len__(self):
+        return 1000
+
+    def pair(self, index):
+        generator = torch.Generator().manual_seed(1000 * self.seed + index)
+        target = torch.rand(1, 1, 32, 32, 32, generator=generator)
+        low = torch.nn.functional.avg_pool3d(target, 3, stride=1, padding=1)[0, 0]
+        ones = torch.ones_like(low)
+        return Pair(torch.stack([low, ones, 0 * ones]), target[0, 0], 1.0), np.random.default_rng(
+            [self.seed, index]
+        )
+
+    def __getitem__(self, index):
+        pair, rng = self.pair(index)
+        return draw_patches(rng, pair, self.patches_per_volume, 16)
+
+
 SETTINGS = {
     "batch": 4,
     "warmup": 2,
@@ -176,41 +209,42 @@ SETTINGS = {
 }
 
 
-def run(folder, steps, validate_every, total=None):
+def run(folder, steps, validate_every, stop_after=None):
+    """Train a small network; optionally break off in the middle of a step, as a kill would."""
     torch.manual_seed(0)
-    network = ResidualUNet(widths=(4, 8, 8))
     schedule = Schedule(steps=steps, validate_every=validate_every, rate=2e-3, **SETTINGS)
-    train(network, simulator(), simulator().for_validation(3), schedule, folder, progress=False)
-    return load_file(str(folder / "checkpoint.safetensors"))
+    task = BlurredNoise()
+    arguments = (ResidualUNet(widths=(4, 8, 8)), task, BlurredNoise(7), schedule, folder)
+    if stop_after is None:
+        train(*arguments, progress=False)
+        return load_file(str(folder / "checkpoint.safetensors"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        rate_at, calls = Schedule.rate_at, []
+
+        def stop(schedule, step):
+            calls.append(step)
+            if len(calls) > stop_after:
+                raise KeyboardInterrupt
+            return rate_at(schedule, step)
+
+        patch.setattr(Schedule, "rate_at", stop)
+        train(*arguments, progress=False)
+    return None
 
 
-def test_training_resumes_to_the_step_and_repeats(tmp_path, monkeypatch):
-    """Stopped after 3 of 6 steps, in the middle of a round, and gone on: the same weights."""
-    whole = run(tmp_path / "whole", 6, 3)
+def test_training_resumes_to_the_step_and_repeats(tmp_path):
+    """Broken off after 13 of 20 steps, in the middle of a round: the same weights in the end."""
+    whole = run(tmp_path / "whole", 20, 5)
     stopped = tmp_path / "stopped"
-    calls = []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return 1e-3
-
-    monkeypatch.setattr(Schedule, "rate_at", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(stopped, 6, 3)
-    monkeypatch.undo()
-    monkeypatch.setattr(Schedule, "rate_at", lambda *a: 1e-3)
-    resumed = run(stopped, 6, 3)
-    again = run(tmp_path / "again", 6, 3)
-    assert all(torch.equal(resumed[k], again[k]) for k in again)
-    assert not all(torch.equal(whole[k], again[k]) for k in again)  # the rate differs: they can
+    run(stopped, 20, 5, stop_after=13)
+    resumed = run(stopped, 20, 5)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     with (stopped / "log.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+        assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15", "20"]
 
 
 def test_training_learns(tmp_path):
-    run(tmp_path, 60, 30)
+    run(tmp_path, 120, 60)
     with (tmp_path / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
