@@ -1,4 +1,4 @@
-"""remix-experts: harvest | prepare | train | evaluate | simulate."""
+"""remix-experts: harvest | prepare | train | export | evaluate | simulate | compare."""
 
 from __future__ import annotations
 
@@ -89,6 +89,35 @@ def export(args: argparse.Namespace) -> None:
     print(export_experts(args.trained, args.output))
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Compare the experts with interpolation and back-projection, by the protocol."""
+    from remix_bids.evaluation.table import best_iterations, cases, to_markdown
+    from remix_bids.evaluation.table import evaluate as run
+    from remix_bids.training.dataset import load_persons
+
+    shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
+    protocol = tomllib.loads((args.protocol or shipped).read_text())
+    persons = load_persons(args.prepared, args.split)
+    if not persons:
+        raise UsageError(f"{args.prepared} holds no persons of the split {args.split!r}")
+    noise = protocol["noise"] if args.noise is None else args.noise
+    todo = cases(persons[: args.persons], protocol, args.classes, noise)
+    rows = run(
+        todo,
+        protocol,
+        args.output,
+        experts_dir=args.experts_dir,
+        tune=args.tune,
+        nprocs=args.nprocs,
+    )
+    if args.tune:
+        print(best_iterations(rows))
+        return
+    table = to_markdown(rows)
+    args.output.with_suffix(".md").write_text(table + "\n")
+    print(table)
+
+
 def simulate(args: argparse.Namespace) -> None:
     """Make a one-subject BIDS dataset whose truth is known; it needs no data."""
     from remix_bids.demo import write_example
@@ -137,6 +166,19 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("trained", type=Path, help="folder that `train` wrote")
     p.add_argument("output", type=Path)
     p.set_defaults(run=export)
+
+    p = commands.add_parser("evaluate", help=evaluate.__doc__)
+    p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
+    p.add_argument("output", type=Path, help="TSV of all rows; the tables go to .md beside it")
+    p.add_argument("--protocol", type=Path, help="default: the shipped one")
+    p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
+    p.add_argument("--classes", type=int, nargs="+", default=list(range(1, 8)))
+    p.add_argument("--persons", type=int, help="only so many")
+    p.add_argument("--noise", type=float, nargs="+", help="default: the protocol's levels")
+    p.add_argument("--tune", action="store_true", help="find the iterations of back-projection")
+    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
+    p.add_argument("--nprocs", type=int, default=1)
+    p.set_defaults(run=evaluate)
 
     p = commands.add_parser("simulate", help=simulate.__doc__)
     p.add_argument("folder", type=Path, help="bids/ and truth/ are written into it")

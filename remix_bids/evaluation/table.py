@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from remix_bids.evaluation.methods import back_project, interpolate, run_expert
 from remix_bids.evaluation.metrics import correlation, eroded, psnr, ssim
@@ -81,42 +83,44 @@ def _network(name: str, experts_dir: Path | None) -> ResidualUNet:
     return load_expert(load_registry(experts_dir)[name])
 
 
-def run_case(case: Case, protocol: dict, experts_dir: Path | None = None) -> list[dict]:
-    """All methods on one case; one row per method, and per iterate of back-projection."""
+def run_case(case: Case, protocol: dict, experts_dir: Path | None, tune: bool) -> list[dict]:
+    """All methods on one case, one row each; or every iterate of back-projection, to tune it."""
     torch.set_num_threads(1)
     truth = case.person.image.float()
     crop, grid = crop_to_foreground(truth, 64)
     acquisition = case.acquisition()
     native = acquire(truth, acquisition)
     if case.noise > 0:
-        sigma = case.noise * float(truth[truth > 0.1].quantile(0.75)) if case.noise else 0.0
-        generator = torch.Generator().manual_seed(case.seed[-1] + 1000 * case.seed[1])
+        sigma = case.noise * float(truth[truth > 0.1].quantile(0.75))
+        generator = torch.Generator().manual_seed(
+            int(np.random.default_rng([*case.seed, 1]).integers(2**62))
+        )
         native = add_rician_noise(native, sigma, generator)
     truth = truth[crop]
     low = restore_grid(native, acquisition.grid, acquisition.world, grid)
     mask = eroded((truth > 0.05) & low.covered, protocol["erosion"])
-    results = {
-        "linear": interpolate(native, acquisition, grid, "linear"),
-        "cubic": low.image,
-    }
     settings = protocol["back_projection"]
-    tuned = settings["iterations_noise" if case.noise else "iterations"][case.klass - 1]
-    iterates = {}
-    step = settings["step"]
-    for i, x in enumerate(back_project(native, acquisition, grid, low.image, tuned, step), 1):
-        iterates[i] = psnr(x, truth, mask)
-        results["back-projection"] = x
-    results.setdefault("back-projection", low.image)
-    registry = load_registry(experts_dir)
-    for method, record in ((GENERAL, registry[GENERAL]), ("expert", registry[str(case.klass)])):
-        results[method] = run_expert(low, record, _network(record.name, experts_dir))
-    sizes = " x ".join(f"{s:.2f}" for s in acquisition.grid.voxel_sizes)
+    results: dict[str, Tensor] = {}
+    if tune:
+        steps = settings["most"]
+        iterates = back_project(native, acquisition, grid, low.image, steps, settings["step"])
+        results = {"0": low.image} | {str(i): x for i, x in enumerate(iterates, 1)}
+    else:
+        steps = settings["iterations_noise" if case.noise else "iterations"][case.klass - 1]
+        iterates = back_project(native, acquisition, grid, low.image, steps, settings["step"])
+        registry = load_registry(experts_dir)
+        results["linear"] = interpolate(native, acquisition, grid, "linear")
+        results["cubic"] = low.image
+        results["back-projection"] = deque(iterates, maxlen=1).pop() if steps else low.image
+        results[GENERAL] = run_expert(low, registry[GENERAL], _network(GENERAL, experts_dir))
+        name = str(case.klass)
+        results["expert"] = run_expert(low, registry[name], _network(name, experts_dir))
     return [
         {
             "person": case.person.name,
             "class": case.klass,
             "kind": case.kind,
-            "voxel_sizes": sizes,
+            "voxel_sizes": " x ".join(f"{s:.2f}" for s in acquisition.grid.voxel_sizes),
             "volume": acquisition.volume,
             "anisotropy": round(acquisition.anisotropy, 2),
             "profile": "box" if any(acquisition.box) else "gaussian",
@@ -125,15 +129,12 @@ def run_case(case: Case, protocol: dict, experts_dir: Path | None = None) -> lis
             "psnr": round(psnr(image, truth, mask), 3),
             "ssim": round(ssim(image, truth, mask), 4),
             "correlation": round(correlation(image, truth, mask), 5),
-            "iterates": " ".join(f"{v:.2f}" for v in iterates.values())
-            if method == "back-projection"
-            else "",
         }
         for method, image in results.items()
     ]
 
 
-def _job(arguments: tuple[Case, dict, Path | None]) -> list[dict]:
+def _job(arguments: tuple[Case, dict, Path | None, bool]) -> list[dict]:
     return run_case(*arguments)
 
 
@@ -143,11 +144,12 @@ def evaluate(
     output: Path,
     *,
     experts_dir: Path | None = None,
+    tune: bool = False,
     nprocs: int = 1,
 ) -> list[dict]:
-    """Run all cases and write their rows to a TSV as they come."""
+    """Run all cases and write their rows to a TSV as they come; see `run_case`."""
     rows: list[dict] = []
-    jobs = [(case, protocol, experts_dir) for case in all_cases]
+    jobs = [(case, protocol, experts_dir, tune) for case in all_cases]
     context = multiprocessing.get_context("spawn")
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file, context.Pool(nprocs) as pool:
@@ -174,10 +176,24 @@ def by_person(rows: Sequence[dict], metric: str, **where: object) -> dict[str, f
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of a mean over persons."""
     rng = np.random.default_rng(seed)
-    values = np.asarray(values)
-    means = rng.choice(values, (10000, len(values))).mean(axis=1)
+    means = rng.choice(np.asarray(values), (10000, len(values))).mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def best_iterations(rows: Sequence[dict]) -> dict[float, list[int]]:
+    """Of the tuning rows: the iterations of back-projection with the best PSNR, by noise."""
+    best: dict[float, list[int]] = {}
+    for noise in sorted({float(row["noise"]) for row in rows}):
+        best[noise] = []
+        for k in sorted({int(row["class"]) for row in rows}):
+            where = {"noise": noise, "class": k}
+            methods = sorted({row["method"] for row in rows}, key=int)
+            means = [
+                np.mean(list(by_person(rows, "psnr", method=m, **where).values())) for m in methods
+            ]
+            best[noise].append(int(methods[int(np.argmax(means))]))
+    return best
 
 
 def to_markdown(rows: Sequence[dict]) -> str:

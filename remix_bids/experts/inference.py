@@ -67,7 +67,7 @@ def load_expert(record: ExpertRecord) -> ResidualUNet:
         raise MissingResourceError(
             f"expert {record.name}: {path} does not load: {error}"
         ) from error
-    return network.eval().to(memory_format=torch.channels_last_3d)
+    return network.eval()
 
 
 @torch.inference_mode()

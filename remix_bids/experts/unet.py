@@ -69,7 +69,7 @@ class ResidualUNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, a=0.1)
-                nn.init.zeros_(module.bias)
+                nn.init.constant_(module.get_parameter("bias"), 0.0)
         nn.init.zeros_(self.out.weight)
 
     @property

@@ -299,8 +299,8 @@ def place(
     return Acquisition(
         Grid(tuple(counts), affine),
         world,
-        tuple(float(w) for w in widths),
-        tuple(bool(is_box and a == axis) for a in range(3)),
+        (float(widths[0]), float(widths[1]), float(widths[2])),
+        (is_box and axis == 0, is_box and axis == 1, is_box and axis == 2),
     )
 
 
@@ -322,7 +322,7 @@ def draw(
         Class, 1 to 7.
     """
     plane = rng.choice(["axial", "sagittal", "coronal"], p=[0.45, 0.35, 0.20])
-    person = persons[rng.integers(len(persons))]
+    person = persons[int(rng.integers(len(persons)))]
     low, high = CLASS_RANGES[k]
     own = [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
     if own and rng.random() < 0.3:

@@ -158,8 +158,8 @@ def acquire(
         refine[axis, 3] = start - reach / m
         shape.append(matrix.shape[1])
     seen = resample(image, mapping @ refine, tuple(shape), order)
-    for axis, matrix in enumerate(matrices):
-        seen = along_axis(matrix, seen, axis)
+    for axis, weights in enumerate(matrices):
+        seen = along_axis(weights, seen, axis)
     out = image.new_zeros(native.shape)
     out[tuple(slice(*r) for r in ranges)] = seen
     return out

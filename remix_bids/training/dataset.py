@@ -158,8 +158,8 @@ def truncated(
     kept = grid.shape[axis] - lost
     shift = np.eye(4)
     shift[axis, 3] = start
-    shape = tuple(kept if a == axis else n for a, n in enumerate(grid.shape))
-    return native.narrow(axis, start, kept), Grid(shape, grid.affine @ shift)
+    x, y, z = (kept if a == axis else n for a, n in enumerate(grid.shape))
+    return native.narrow(axis, start, kept), Grid((x, y, z), grid.affine @ shift)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ LOGGER = logging.getLogger(__name__)
 def load_image(path: Path) -> tuple[torch.Tensor, Grid]:
     """A 3D image as float32 tensor, and its grid."""
     image = nib.load(path)
-    data = np.asarray(image.dataobj, dtype=np.float32)
-    data = data.reshape(data.shape[:3])
-    return torch.from_numpy(data), Grid(data.shape, image.affine)
+    x, y, z = image.shape[:3]
+    data = np.asarray(image.dataobj, dtype=np.float32).reshape(x, y, z)
+    return torch.from_numpy(data), Grid((x, y, z), image.affine)
 
 
 def prepare_person(

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from remix_bids.experts.unet import INPUTS, ResidualUNet
@@ -64,7 +65,9 @@ def batches(
         (schedule.steps // per_round + 1) * schedule.volumes_per_round,
     )
     workers = 0 if device.type == "cuda" else schedule.workers
-    loader = DataLoader(simulator, batch_size=None, sampler=volumes, num_workers=workers)
+    loader: DataLoader = DataLoader(
+        cast(Dataset, simulator), batch_size=None, sampler=volumes, num_workers=workers
+    )
     pool: list[dict[str, Tensor]] = []
     for patches in loader:
         pool.append(patches)
@@ -127,12 +130,16 @@ class State:
     """Network, its average, optimiser and step, kept in one safetensors file."""
 
     def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
-        self.network = network.to(device, memory_format=torch.channels_last_3d)
+        self.network = network.to(device)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         weights = [p for p in self.network.parameters() if p.ndim > 1]
         biases = [p for p in self.network.parameters() if p.ndim == 1]
+        groups: list[dict[str, Any]] = [
+            {"params": weights, "weight_decay": schedule.decay},
+            {"params": biases},
+        ]
         self.optimiser = torch.optim.AdamW(
-            [{"params": weights, "weight_decay": schedule.decay}, {"params": biases}],
+            groups,
             lr=schedule.rate,
             betas=(0.9, 0.99),
             weight_decay=0.0,
@@ -238,8 +245,8 @@ def train(
     if state.loss is None:
         first = [next(stream) for _ in range(16)]
         with torch.no_grad():
-            parts = [forward_parts(None, b, RemixLoss(), schedule.rim) for b in first]
-        state.loss = RemixLoss().calibrated(torch.cat(parts, dim=1))
+            identity = [forward_parts(None, b, RemixLoss(), schedule.rim) for b in first]
+        state.loss = RemixLoss().calibrated(torch.cat(identity, dim=1))
         stream = batches(simulator, schedule, state.step, where)
         LOGGER.info("loss factors %s", dict(zip(PARTS, state.loss.factors, strict=True)))
 
