@@ -7,9 +7,10 @@ TemplateFlow home). Ten heads and six stripped brains are each taken through fiv
 geometries with a known affine: another orientation to 35 degrees oblique, slices to 8 mm, an
 origin 50 to 200 mm off, 2 % Rician noise. The truth is the registration of the person's own
 high-resolution image (look at it: ``--montage``) followed by the known motion; the error is the
-mean displacement over the template's brain, in native mm. Then every image at hand is registered
-as it is, to see whether head or stripped brain is decided rightly and whether the clinical affines
-are possible ones.
+mean displacement over the template's brain, in native mm. A header that is wrong by 150 degrees is
+beyond the search: those cases show whether a miss is warned about. Then every image at hand is
+registered as it is, to see whether head or stripped brain is decided rightly and whether the
+clinical affines are possible ones.
 
 Results are kept in ``--work`` under a hash of the registration's source, so an interrupted run
 goes on where it was.
@@ -35,6 +36,7 @@ from typing import Any
 
 import nibabel as nb
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 SEED = 4
 HEADS = (
@@ -118,9 +120,18 @@ def register(path: Path, data: Path, work: Path) -> dict[str, Any]:
 
 
 def simulate(
-    path: Path, stripped: bool, reference: np.ndarray, name: str, which: int, out: Path
+    path: Path,
+    stripped: bool,
+    reference: np.ndarray,
+    name: str,
+    which: int,
+    out: Path,
+    turn: float = 0.0,
 ) -> dict[str, Any]:
-    """Take an image through a held-out geometry; returns what was done and the true affine."""
+    """Take an image through a held-out geometry; returns what was done and the true affine.
+
+    ``turn`` is an angle (degrees) by which the header is wrong on top.
+    """
     import torch
 
     from remix_bids.simulation.acquisition import SyntheticShape, load_bank, place
@@ -142,6 +153,8 @@ def simulate(
     offset = rng.normal(size=3)
     length = rng.uniform(50, 200)
     shift[:3, 3] = offset * length / np.linalg.norm(offset)
+    axis = rng.normal(size=3)
+    shift[:3, :3] = Rotation.from_rotvec(np.deg2rad(turn) * axis / np.linalg.norm(axis)).as_matrix()
     truth = shift @ acquisition.world
     grid = Grid(acquisition.grid.shape, shift @ acquisition.grid.affine)
     image = nb.load(path)
@@ -186,7 +199,7 @@ def run_one(task: tuple[str, str, int], data: Path, work: Path) -> dict[str, Any
         row.update(register(path, data, work))
     else:
         reference = run_one(("as it is", name, 0), data, work)
-        simulated = work / f"{name}-{which}.nii"
+        simulated = work / f"{what}-{name}-{which}.nii"
         row.update(simulate(path, stripped, np.array(reference["matrix"]), name, which, simulated))
         row.update(register(simulated, data, work))
         row["displacement_mm"] = round(displacement(row["matrix"], row["truth"], data), 2)
@@ -203,17 +216,22 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     warned = np.array([bool(r["warned"]) for r in cases])
     n = len(cases)
     clinical = [r for r in as_is if r["clinical"]]
-    wrong = [r["image"] for r in rows if r["found_stripped"] != r["truly_stripped"]]
+    turned = [r for r in rows if r["what"] == "turned"]
+    silent = [r["image"] for r in turned if r["displacement_mm"] > 4 and not r["warned"]]
+    wrong = [r["image"] for r in cases + as_is if r["found_stripped"] != r["truly_stripped"]]
     good, missed = errors < 2, errors > 4
     lines = [
         f"- {n} cases: displacement below 2 mm in {good.sum()} ({100 * good.mean():.1f} %; at "
         f"least 95 % wanted); median {np.median(errors):.2f}, largest {errors.max():.2f} mm.",
         f"- Misses above 4 mm: {missed.sum()}, with a warning: {(missed & warned).sum()} (all "
         "wanted).",
+        f"- Headers wrong by 150 degrees, which the search cannot find: {len(turned)} cases, "
+        f"{sum(r['displacement_mm'] > 4 for r in turned)} misses, of them without a warning: "
+        f"{len(silent)}{': ' + ', '.join(silent) if silent else ''}.",
         f"- False warnings (displacement below 2 mm): {(good & warned).sum()} of {n} "
         f"({100 * (good & warned).mean():.1f} %; at most 5 % wanted).",
-        f"- Head or stripped brain, {len(rows)} registrations, {len(as_is)} images as they are: "
-        f"wrong {len(wrong)}{': ' + ', '.join(wrong) if wrong else ''}.",
+        f"- Head or stripped brain, {len(cases + as_is)} registrations, {len(as_is)} of them of "
+        f"images as they are: wrong {len(wrong)}{': ' + ', '.join(wrong) if wrong else ''}.",
     ]
     if clinical:
         low = min(r["scale_min"] for r in clinical)
@@ -279,11 +297,12 @@ def main() -> None:
     persons = (*HEADS, *BRAINS)
     tasks = [("as it is", name, 0) for name in persons]
     moved = [("moved", name, which) for which in range(len(GEOMETRIES)) for name in persons]
+    turned = [("turned", name, 0) for name in persons]
     others = [] if options.cases_only else [n for n in images(options.data) if n not in persons]
     work_on = partial(run_one, data=options.data, work=work)
     rows = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for batch in (tasks, moved, [("as it is", name, 0) for name in others]):
+        for batch in (tasks, moved, turned, [("as it is", name, 0) for name in others]):
             for row in pool.map(work_on, batch):
                 path, _ = images(options.data)[row["image"]]
                 row["clinical"] = "clinical" in path.parts
