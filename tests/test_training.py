@@ -209,34 +209,35 @@ SETTINGS = {
 }
 
 
-def run(folder, steps, validate_every, stop_after=None):
-    """Train a small network; optionally break off in the middle of a step, as a kill would."""
+def run(folder, steps, validate_every):
     torch.manual_seed(0)
     schedule = Schedule(steps=steps, validate_every=validate_every, rate=2e-3, **SETTINGS)
-    task = BlurredNoise()
-    arguments = (ResidualUNet(widths=(4, 8, 8)), task, BlurredNoise(7), schedule, folder)
-    if stop_after is None:
-        train(*arguments, progress=False)
-        return load_file(str(folder / "checkpoint.safetensors"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        rate_at, calls = Schedule.rate_at, []
-
-        def stop(schedule, step):
-            calls.append(step)
-            if len(calls) > stop_after:
-                raise KeyboardInterrupt
-            return rate_at(schedule, step)
-
-        patch.setattr(Schedule, "rate_at", stop)
-        train(*arguments, progress=False)
-    return None
+    network = ResidualUNet(widths=(4, 8, 8))
+    train(network, BlurredNoise(), BlurredNoise(7), schedule, folder, progress=False)
+    return load_file(str(folder / "checkpoint.safetensors"))
 
 
-def test_training_resumes_to_the_step_and_repeats(tmp_path):
+def kill_after(monkeypatch, steps):
+    """Break off in the middle of a step, as a kill would."""
+    rate_at, calls = Schedule.rate_at, []
+
+    def rate_or_stop(schedule, step):
+        calls.append(step)
+        if len(calls) > steps:
+            raise KeyboardInterrupt
+        return rate_at(schedule, step)
+
+    monkeypatch.setattr(Schedule, "rate_at", rate_or_stop)
+
+
+def test_training_resumes_to_the_step_and_repeats(tmp_path, monkeypatch):
     """Broken off after 13 of 20 steps, in the middle of a round: the same weights in the end."""
     whole = run(tmp_path / "whole", 20, 5)
     stopped = tmp_path / "stopped"
-    run(stopped, 20, 5, stop_after=13)
+    kill_after(monkeypatch, 13)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, 20, 5)
+    monkeypatch.undo()
     resumed = run(stopped, 20, 5)
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     with (stopped / "log.csv").open() as file:

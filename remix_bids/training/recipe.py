@@ -21,7 +21,7 @@ from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
-from remix_bids.training.trainer import Schedule, train
+from remix_bids.training.trainer import CHECKPOINT, Schedule, read_progress, train
 
 LOGGER = logging.getLogger(__name__)
 EXPERTS = [str(k) for k in range(1, 8)]
@@ -73,7 +73,6 @@ def run_recipe(
     }
     persons = load_persons(prepared, "train", device)
     unseen = load_persons(prepared, "validation", device)
-    loss: RemixLoss | None = None
     for number, (stage, settings) in enumerate(recipe["stages"].items()):
         if only and stage not in only:
             continue
@@ -85,10 +84,14 @@ def run_recipe(
         ).for_validation(data["seed"] + 7)
         torch.manual_seed(data["seed"])
         network = ResidualUNet(recipe["network"]["inputs"], tuple(recipe["network"]["widths"]))
+        loss = None
         if "start" in settings:
-            start = output / settings["start"] / "best.safetensors"
-            network.load_state_dict({k: v.float() for k, v in load_file(str(start)).items()})
-        own = {k: v for k, v in settings.items() if k not in ("start", "classes")}
+            start = output / settings["start"]
+            weights_file = str(start / "best.safetensors")
+            network.load_state_dict({k: v.float() for k, v in load_file(weights_file).items()})
+            if not settings.get("calibrate", False):
+                loss = RemixLoss(tuple(read_progress(start / CHECKPOINT)["factors"]))
+        own = {k: v for k, v in settings.items() if k not in ("start", "classes", "calibrate")}
         schedule = Schedule(workers=workers, **own)
         LOGGER.info("stage %s: %d steps, classes %s", stage, schedule.steps, weights)
         train(network, simulator, validation, schedule, output / stage, device=device, loss=loss)

@@ -26,6 +26,7 @@ from remix_bids.training.dataset import Simulator
 from remix_bids.training.losses import PARTS, RemixLoss
 
 LOGGER = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,12 @@ def save_network(network: ResidualUNet, path: Path, **provenance: object) -> Non
     os.replace(part, path)
 
 
+def read_progress(path: Path) -> dict[str, Any]:
+    """Step, loss factors and best validation of a checkpoint."""
+    with safe_open(str(path), framework="pt") as file:
+        return json.loads(file.metadata()["progress"])
+
+
 class State:
     """Network, its average, optimiser and step, kept in one safetensors file."""
 
@@ -161,8 +168,7 @@ class State:
         os.replace(part, path)
 
     def load(self, path: Path) -> None:
-        with safe_open(str(path), framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
+        progress = read_progress(path)
         tensors = load_file(str(path))
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -231,7 +237,7 @@ def train(
     where = torch.device(device)
     torch.manual_seed(simulator.seed)
     state = State(network, schedule, where)
-    checkpoint, best = folder / "checkpoint.safetensors", folder / "best.safetensors"
+    checkpoint, best = folder / CHECKPOINT, folder / "best.safetensors"
     if checkpoint.exists():
         state.load(checkpoint)
         if state.step >= schedule.steps:
