@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from remix_bids.experts.registry import GENERAL
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import load_bank
+from remix_bids.simulation.acquisition import CLASS_RANGES, load_bank
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
 from remix_bids.training.trainer import CHECKPOINT, Schedule, read_progress, train
@@ -114,6 +114,8 @@ def export_experts(trained: Path, output: Path) -> Path:
         with safe_open(str(source), framework="pt") as weights:
             provenance = json.loads(weights.metadata()["provenance"])
         low, high = (0.0, 1e9) if name == GENERAL else (int(name) - 0.5, int(name) + 0.5)
+        # One millimetre in-plane is the finest that is simulated, so the spacing is the volume.
+        seen = CLASS_RANGES[7 if name == GENERAL else int(name)][1]
         low, high = (0.0 if name == "1" else low), (1e9 if name == "7" else high)
         lines += [
             f"[expert.{name}]",
@@ -121,6 +123,7 @@ def export_experts(trained: Path, output: Path) -> Path:
             f'sha256 = "{hashlib.sha256((output / file).read_bytes()).hexdigest()}"',
             f"lower = {low}",
             f"upper = {high}",
+            f"anisotropy = [1.0, {seen}]",
             f"steps = {provenance['step']}",
             f"validation_gain_db = {provenance['validation_gain_db']:.3f}",
             "",
