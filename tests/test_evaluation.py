@@ -1,0 +1,138 @@
+"""Metrics by known answers; the protocol keeps its promises."""
+
+import tomllib
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+
+from remix_bids.evaluation.methods import back_project, interpolate
+from remix_bids.evaluation.metrics import correlation, eroded, psnr, ssim
+from remix_bids.evaluation.table import (
+    METHODS,
+    best_iterations,
+    bootstrap_interval,
+    cases,
+    to_markdown,
+)
+from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
+from remix_bids.simulation.degrade import acquire
+from remix_bids.spatial import Grid
+from remix_bids.training.dataset import Person
+
+from .test_spatial import affine_of, smooth_image
+
+
+def test_psnr_of_a_known_error():
+    truth = torch.linspace(0, 1, 1000).reshape(10, 10, 10)
+    mask = torch.ones(10, 10, 10, dtype=torch.bool)
+    peak = float(truth.flatten()[994])
+    assert psnr(truth + 0.1, truth, mask) == pytest.approx(20 * np.log10(peak / 0.1), abs=1e-3)
+
+
+def test_psnr_counts_only_the_mask_and_clips_negatives():
+    truth = torch.rand(8, 8, 8) + 0.5
+    mask = torch.zeros(8, 8, 8, dtype=torch.bool)
+    mask[:4] = True
+    worse = truth + 0.1
+    worse[4:] = 99
+    assert psnr(worse, truth, mask) == psnr(truth + 0.1, truth, mask)
+    zero = torch.zeros(8, 8, 8)
+    zero[0] = 1
+    everywhere = torch.ones(8, 8, 8, dtype=torch.bool)
+    assert psnr(zero - 0.2 * (zero == 0), zero, everywhere) > 60
+
+
+def test_correlation_and_ssim_of_equals():
+    image = smooth_image((20, 20, 20))
+    mask = torch.ones(20, 20, 20, dtype=torch.bool)
+    assert correlation(2 * image + 1, image, mask) == pytest.approx(1)
+    assert correlation(-image, image, mask) == pytest.approx(-1)
+    assert ssim(image, image, mask) == pytest.approx(1)
+    noisy = image + 0.2 * torch.rand(20, 20, 20, generator=torch.Generator().manual_seed(0))
+    assert ssim(noisy, image, mask) < 0.999
+
+
+def test_erosion():
+    mask = torch.zeros(9, 9, 9, dtype=torch.bool)
+    mask[2:7, 2:7, 2:7] = True
+    assert eroded(mask, 2).sum() == 1
+    assert eroded(mask, 1).sum() == 27
+
+
+def test_back_projection_explains_the_acquired_voxels_better():
+    grid = Grid((40, 24, 24), np.eye(4))
+    native = Grid((8, 24, 24), affine_of(np.eye(3), [5, 1, 1], [2, 0, 0]))
+    acquisition = Acquisition(native, np.eye(4), (5.0, 0.0, 0.0))
+    truth = smooth_image(grid.shape) + torch.rand(grid.shape)
+    seen = acquire(truth, acquisition, grid)
+    start = interpolate(seen, acquisition, grid, "cubic")
+    residuals = [
+        float((seen - acquire(x, acquisition, grid)).abs().mean())
+        for x in (start, *back_project(seen, acquisition, grid, start, 6, 1.0))
+    ]
+    assert residuals[-1] < 0.5 * residuals[0]
+    assert residuals == sorted(residuals, reverse=True)
+
+
+def protocol():
+    text = resources.files("remix_bids.data").joinpath("protocol.toml").read_text()
+    return tomllib.loads(text)
+
+
+def people(n=6):
+    image = torch.zeros(1).half()
+    return [Person(f"p{i}", image, False, (1.0,) * 3, np.eye(4), "held_out") for i in range(n)]
+
+
+def test_cases_are_held_out_in_class_and_drawn_again():
+    todo = cases(people(), protocol(), range(1, 8), [0.0])
+    assert len(todo) == 42
+    for k in range(1, 8):
+        assert {c.kind for c in todo if c.klass == k} == set(protocol()["kinds"])
+    for case in todo:
+        low, high = CLASS_RANGES[case.klass]
+        one, two = case.acquisition(), case.acquisition()
+        assert low - 0.01 <= one.volume <= high + 0.01
+        np.testing.assert_array_equal(one.grid.affine, two.grid.affine)
+        assert one.widths == two.widths
+
+
+def test_no_training_geometry_is_held_out():
+    bank = load_bank()
+    train = {g.group for g in bank if not g.held_out}
+    test = {g.group for g in bank if g.held_out}
+    assert not train & test
+
+
+def rows():
+    values = {"linear": 24.0, "cubic": 25.0, "back-projection": 26.0, "general": 27.0}
+    return [
+        {"person": f"p{i}", "class": 4, "noise": 0.0, "method": method,
+         "psnr": values.get(method, 28.0) + i, "ssim": 0.9, "correlation": 0.99}
+        for i in range(4)
+        for method in METHODS
+    ]  # fmt: skip
+
+
+def test_the_table_gives_paired_gains():
+    table = to_markdown(rows())
+    assert "| 4 | 25.50 | 26.50 | 27.50 | 28.50 | 29.50 |" in table
+    assert "| 4 | +4.00 [+4.00, +4.00] 4/4 | +3.00 [+3.00, +3.00] 4/4 |" in table
+
+
+def test_bootstrap_interval_holds_the_mean():
+    values = [0.1, 0.5, 0.9, 1.3]
+    low, high = bootstrap_interval(values)
+    assert min(values) <= low < np.mean(values) < high <= max(values)
+    assert bootstrap_interval(values) == (low, high)
+
+
+def test_tuning_takes_the_best_iteration():
+    found = [
+        {"person": "p", "class": k, "noise": 0.0, "method": str(i), "psnr": -abs(i - k)}
+        for k in (1, 2, 3)
+        for i in range(5)
+    ]
+    assert best_iterations(found) == {0.0: [1, 2, 3]}
