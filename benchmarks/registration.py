@@ -200,7 +200,9 @@ def run_one(task: tuple[str, str, int], data: Path, work: Path) -> dict[str, Any
     else:
         reference = run_one(("as it is", name, 0), data, work)
         simulated = work / f"{what}-{name}-{which}.nii"
-        row.update(simulate(path, stripped, np.array(reference["matrix"]), name, which, simulated))
+        turn = 150.0 if what == "turned" else 0.0
+        matrix = np.array(reference["matrix"])
+        row.update(simulate(path, stripped, matrix, name, which, simulated, turn))
         row.update(register(simulated, data, work))
         row["displacement_mm"] = round(displacement(row["matrix"], row["truth"], data), 2)
         simulated.unlink()
