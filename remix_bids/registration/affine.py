@@ -43,9 +43,11 @@ DISTINCT = 8.0  # mm over the brain: closer starts are the same start
 LOOK = 0.5  # evidence for a head or a brain that is believed, see `volumes.DepthProfile`
 BONUS = 0.15  # what full evidence is worth in units of the score
 # Score below which a result is not trusted, for a head and for a stripped brain, whose edge alone
-# agrees well: right ones reach 0.57 and 0.68, a head matched as a brain 0.36, a ball 0.45.
-POOR = {False: 0.45, True: 0.55}
-TISSUE = 0.3  # the same inside the brain, without its edge: right ones reach 0.5, a ball 0.0
+# agrees well. Measured (docs/evidence/registration.tsv): right ones reach 0.54 and 0.68 at least,
+# wrong ones 0.42 and 0.56 at most.
+POOR = {False: 0.48, True: 0.62}
+TISSUE = 0.38  # the same inside the brain, without its edge: right ones 0.46, wrong ones 0.29
+DOUBT = {False: 0.45, True: 0.55}  # score after the first stage below which both kinds are tried
 PEAK = -0.005  # a score this much better a few mm away is a warning, see `score.peak`
 COVERED = 0.6  # fraction of the template's brain that must lie in the field of view
 
@@ -345,7 +347,7 @@ def register_affine(
         likely = [c for c in candidates if doubt or c.stripped == kinds[0]]
         rows += ants("first", 4.0, likely, FIRST)
         others = [c for c in candidates if c not in likely]
-        if others and max(rows, key=_order)["score"] < POOR[kinds[0]]:
+        if others and max(rows, key=_order)["score"] < DOUBT[kinds[0]]:
             rows += ants("other", 4.0, others, FIRST)
         best = [max((r for r in rows if r["skull_stripped"] == k), key=_order) for k in kinds]
         best.sort(key=_order, reverse=True)
