@@ -111,7 +111,8 @@ def test_resources_are_declared(tmp_path):
     workflow, _, _ = build(tmp_path, SKELETONS["plain"], omp_nthreads=2)
     nodes = real_nodes(workflow)
     heavy = {name.split(".")[-1]: node for name, node in nodes.items()}
-    assert heavy["enhance"].n_procs == heavy["register"].n_procs == 2
+    assert heavy["register"].n_procs == 2
+    assert heavy["enhance"].n_procs == 1  # more threads would round otherwise
     assert not heavy["enhance"].is_gpu_node()
     assert heavy["enhance"].mem_gb > 1
     assert all(heavy[n].run_without_submitting for n in heavy if n.startswith("ds_"))

@@ -106,7 +106,6 @@ class _EnhanceInputSpec(BaseInterfaceInputSpec):
     expert_file = File(exists=True, nohash=True)
     device = Str("cpu", usedefault=True, nohash=True)
     use_gpu = traits.Bool(False, usedefault=True, nohash=True, desc="for the scheduler")
-    num_threads = traits.Int(1, usedefault=True, nohash=True)
 
 
 class _EnhanceOutputSpec(TraitedSpec):
@@ -137,7 +136,8 @@ class Enhance(SimpleInterface):
             from remix_bids.experts.inference import enhance
             from remix_bids.experts.registry import load_registry
 
-            torch.set_num_threads(self.inputs.num_threads)
+            # Convolutions round otherwise with another number of threads; scans run side by side.
+            torch.set_num_threads(1)
             device = self.inputs.device
             record = load_registry(Path(self.inputs.expert_file).parent)[self.inputs.expert]
             covered = np.asanyarray(nb.load(self.inputs.coverage).dataobj) > 0

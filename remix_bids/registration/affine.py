@@ -415,7 +415,7 @@ def _result(
     if fall < PEAK:
         warnings.append(
             "Registration: a result a few mm away agrees better with the template (score "
-            f"{winner['score'] - fall:.2f} instead of {winner['score']:.2f}); look at the overlay."
+            f"{winner['score'] - fall:.3f} instead of {winner['score']:.3f}); look at the overlay."
         )
     if winner["coverage"] < COVERED:
         warnings.append(

@@ -97,9 +97,9 @@ def init_anat_remix_wf(
         mem_gb=0.1,
     )
     enhance = Node(
-        Enhance(device=device, use_gpu=use_gpu, num_threads=omp_nthreads),
+        Enhance(device=device, use_gpu=use_gpu),
         name="enhance",
-        n_procs=1 if use_gpu else omp_nthreads,
+        n_procs=1,
         mem_gb=heavy_gb or ENHANCE_GB,
     )
     describe = Node(
