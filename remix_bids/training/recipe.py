@@ -110,7 +110,7 @@ def export_experts(trained: Path, output: Path) -> Path:
     for name in (*EXPERTS, GENERAL):
         source = trained / name / "best.safetensors"
         file = f"expert-{name}.safetensors" if name != GENERAL else "general.safetensors"
-        shutil.copy(source, output / file)
+        shutil.copyfile(source, output / file)  # readable by all, unlike what safetensors writes
         with safe_open(str(source), framework="pt") as weights:
             provenance = json.loads(weights.metadata()["provenance"])
         low, high = (0.0, 1e9) if name == GENERAL else (int(name) - 0.5, int(name) + 0.5)
