@@ -280,7 +280,7 @@ def place(
 
     # Fine matrices are zero-filled: what was acquired in-plane is coarser than the voxel, and
     # sampling it at 0.9 mm loses nothing that was measured.
-    widths = np.where(sizes < 0.9, rng.uniform(np.clip(sizes, 0.8, 1.2), 1.25), sizes)
+    widths = np.where(sizes < FINEST, rng.uniform(np.clip(sizes, 0.8, 1.2), 1.25), sizes)
     widths[axis] = thickness
     in_plane = np.arange(3) != axis
     sizes = np.where(in_plane, np.maximum(sizes, FINEST), sizes)
@@ -302,6 +302,36 @@ def place(
         (float(widths[0]), float(widths[1]), float(widths[2])),
         (is_box and axis == 0, is_box and axis == 1, is_box and axis == 2),
     )
+
+
+WIDTH_FACTOR = 0.975
+"""Effective width of a profile over its nominal one: the middle of the range that is simulated."""
+
+
+def from_header(grid: Grid, world: np.ndarray, thickness: float | None = None) -> Acquisition:
+    """The acquisition of a real scan, as far as its header and sidecar tell.
+
+    Parameters
+    ----------
+    grid : Grid
+        The native grid.
+    world : (4, 4) array
+        Template world to scanner world (RAS+, mm): the forward affine of the registration.
+    thickness : float, optional
+        Of the slices, mm (``SliceThickness``); the spacing where it is absent, zero or larger.
+
+    Returns
+    -------
+    Acquisition
+        With Gaussian profiles of the middle of the widths that `place` draws.
+    """
+    sizes = grid.voxel_sizes
+    widths = np.where(sizes < FINEST, (np.clip(sizes, 0.8, 1.2) + 1.25) / 2, sizes)
+    axis = slice_axis(grid)
+    if thickness is not None and 0 < thickness < sizes[axis]:
+        widths[axis] = thickness
+    x, y, z = (float(w) for w in widths * WIDTH_FACTOR)
+    return Acquisition(grid, np.array(world, dtype=float), (x, y, z))
 
 
 def draw(
