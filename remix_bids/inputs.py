@@ -28,6 +28,7 @@ class Scan:
     subject: str
     session: str | None
     skull_stripped: bool | None  # what its sidecar says, if it says anything
+    slice_thickness: float | None = None  # mm, likewise
 
     @property
     def label(self) -> str:
@@ -93,13 +94,20 @@ def _as_scan(file: Any) -> Scan | None:
     if derived:
         LOGGER.warning("ignored %s: %s- marks it as processed, not acquired", path, derived[0])
         return None
-    stripped = file.get_metadata().get("SkullStripped")
+    metadata = file.get_metadata()
+    stripped = metadata.get("SkullStripped")
     return Scan(
         path=path,
         subject=entities["sub"],
         session=entities.get("ses"),
         skull_stripped=stripped if isinstance(stripped, bool) else None,
+        slice_thickness=_positive(metadata.get("SliceThickness")),
     )
+
+
+def _positive(value: object) -> float | None:
+    """A number above zero; None for what else a sidecar may hold."""
+    return float(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def _subject_labels(bids_dir: Path) -> list[str]:

@@ -121,7 +121,7 @@ def test_intensities_stay_the_scanners(tmp_path):
     covered = np.ones(image.shape, bool)
     covered[:3] = False
     for factor in (1.0, 1e-4, 1e5):
-        out = enhance(image * factor * covered, covered, 0 * image, record)
+        out = enhance(image * factor * covered, covered, 0 * image, 1, record)
         np.testing.assert_allclose(out, image * factor * covered, rtol=1e-4)
         assert out.dtype == np.float32
 
@@ -139,4 +139,4 @@ def test_scale_ignores_air():
 def test_an_empty_image_is_refused(covered, tmp_path):
     zeros = np.zeros((8, 8, 8), np.float32)
     with pytest.raises(InputImageError):
-        enhance(zeros, np.full(zeros.shape, covered), zeros, expert_file(tmp_path))
+        enhance(zeros, np.full(zeros.shape, covered), zeros, 2, expert_file(tmp_path))

@@ -155,12 +155,13 @@ def inputs(tmp_path_factory):
     covered[20:160, 20:200, 30:150] = 1
     values = {
         "in_file": rng.random(WORKING_GRID.shape, dtype=np.float32) * 800 * covered,
+        "estimate": rng.random(WORKING_GRID.shape, dtype=np.float32) * 800 * covered,
         "coverage": covered,
         "phase": rng.random(WORKING_GRID.shape, dtype=np.float32),
     }
     for name, array in values.items():
         save_on_working_grid(array, folder / f"{name}.nii")
-    return {name: str(folder / f"{name}.nii") for name in values}
+    return {name: str(folder / f"{name}.nii") for name in values} | {"slice_axis": 1}
 
 
 def enhance(inputs, experts, folder, **settings):
@@ -177,7 +178,7 @@ def test_enhance_does_not_depend_on_the_number_of_threads(tmp_path, inputs):
     torch.set_num_threads(3)
     three = enhance(inputs, record.path, tmp_path / "three", expert_file=str(record.path))
     assert np.array_equal(load(one.out_file), load(three.out_file))
-    low, high = load(inputs["in_file"]), load(one.out_file)
+    low, high = load(inputs["estimate"]), load(one.out_file)
     assert high.dtype == np.float32
     assert not np.array_equal(low, high)  # the network did something
     assert not high[load(inputs["coverage"]) == 0].any()

@@ -41,6 +41,6 @@ def back_project(
 
 
 def run_expert(low: LowResolution, record: ExpertRecord, network: ResidualUNet) -> Tensor:
-    """An expert on the interpolated image."""
+    """An expert on the linear estimate."""
     arrays = (low.image.numpy(), low.covered.numpy(), low.phase.numpy())
-    return torch.from_numpy(enhance(*arrays, record, network=network))
+    return torch.from_numpy(enhance(*arrays, low.axis, record, network=network))

@@ -24,10 +24,12 @@ from remix_bids.simulation.acquisition import (
     CLASS_RANGES,
     Acquisition,
     draw_shape,
+    from_header,
     load_bank,
     place,
 )
 from remix_bids.simulation.degrade import acquire, add_rician_noise, restore_grid
+from remix_bids.simulation.estimate import linear_estimate
 from remix_bids.training.dataset import Person, crop_to_foreground
 
 METHODS = ("linear", "cubic", "back-projection", GENERAL, "expert")
@@ -109,12 +111,14 @@ def run_case(case: Case, protocol: dict, experts_dir: Path | None, tune: bool) -
         steps = settings["iterations_noise" if case.noise else "iterations"][case.klass - 1]
         iterates = back_project(native, acquisition, grid, low.image, steps, settings["step"])
         registry = load_registry(experts_dir)
+        told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+        estimate = linear_estimate(native, told, grid)
         results["linear"] = interpolate(native, acquisition, grid, "linear")
         results["cubic"] = low.image
         results["back-projection"] = deque(iterates, maxlen=1).pop() if steps else low.image
-        results[GENERAL] = run_expert(low, registry[GENERAL], _network(GENERAL, experts_dir))
+        results[GENERAL] = run_expert(estimate, registry[GENERAL], _network(GENERAL, experts_dir))
         name = str(case.klass)
-        results["expert"] = run_expert(low, registry[name], _network(name, experts_dir))
+        results["expert"] = run_expert(estimate, registry[name], _network(name, experts_dir))
     return [
         {
             "person": case.person.name,

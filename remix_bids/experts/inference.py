@@ -44,9 +44,24 @@ def _percentile(values: Tensor) -> float:
     return float(values.kthvalue(k).values)
 
 
-def network_input(low_resolution: Tensor, covered: Tensor, phase: Tensor, scale: float) -> Tensor:
-    """Stack the channels (3, x, y, z) in the order of `remix_bids.experts.unet.INPUTS`."""
-    return torch.stack([low_resolution / scale, covered.to(low_resolution), phase])
+def network_input(
+    low_resolution: Tensor, covered: Tensor, phase: Tensor, axis: int, scale: float
+) -> Tensor:
+    """Stack the channels in the order of `remix_bids.experts.unet.INPUTS`.
+
+    Parameters
+    ----------
+    axis : int
+        Along which the slices are stacked; it comes last, so that the network need not learn one
+        task three times.
+    """
+    channels = torch.stack([low_resolution / scale, covered.to(low_resolution), phase])
+    return slices_last(channels, axis)
+
+
+def slices_last(volume: Tensor, axis: int) -> Tensor:
+    """Swap the slices' axis (0, 1, 2 of the last three) with the last one; its own inverse."""
+    return volume.transpose(axis - 3, -1)
 
 
 def load_expert(record: ExpertRecord) -> ResidualUNet:
@@ -93,6 +108,7 @@ def enhance(
     low_resolution: np.ndarray,
     covered: np.ndarray,
     phase: np.ndarray,
+    axis: int,
     record: ExpertRecord,
     *,
     device: str = "cpu",
@@ -103,11 +119,14 @@ def enhance(
     Parameters
     ----------
     low_resolution : (x, y, z) float array
-        In scanner units, zero where nothing was acquired.
+        The linear estimate (`remix_bids.simulation.estimate`) in scanner units, zero where nothing
+        was acquired.
     covered : (x, y, z) bool array
         Where the scan has data.
     phase : (x, y, z) float array
         See `remix_bids.simulation.acquisition.slice_phase`.
+    axis : int
+        Along which the slices are stacked.
     record : ExpertRecord
     device : str
         A torch device.
@@ -132,6 +151,6 @@ def enhance(
     except ValueError as error:
         raise InputImageError(str(error)) from error
     wave = torch.from_numpy(np.ascontiguousarray(phase, dtype=np.float32))
-    inputs = network_input(image, mask, wave, scale).to(device)
-    output = predict(network.to(device), inputs).cpu() * scale
+    inputs = network_input(image, mask, wave, axis, scale).to(device)
+    output = slices_last(predict(network.to(device), inputs), axis).cpu() * scale
     return (output.clamp(min=0) * mask).numpy()

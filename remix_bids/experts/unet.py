@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INPUTS = ("low_resolution", "covered", "phase")
-"""Channels of the input, in this order."""
+INPUTS = ("linear_estimate", "covered", "phase")
+"""Channels of the input, in this order; slices are stacked along the last axis."""
 
 
 _GAIN = 3.0  # brings the detail of a brain image to about unit variance

@@ -97,9 +97,11 @@ class SelectExpert(SimpleInterface):
 
 
 class _EnhanceInputSpec(BaseInterfaceInputSpec):
-    in_file = File(exists=True, mandatory=True, desc="image on the working grid")
+    in_file = File(exists=True, mandatory=True, desc="image on the working grid, interpolated")
+    estimate = File(exists=True, mandatory=True, desc="the same less the blur of its slices")
     coverage = File(exists=True, mandatory=True)
     phase = File(exists=True, mandatory=True)
+    slice_axis = traits.Range(0, 2, mandatory=True, desc="along which the slices are stacked")
     expert = Str(mandatory=True)
     expert_sha256 = Str(desc="of the weights: other weights are another computation")
     # The path of the weights may differ between machines, the hash says what they are.
@@ -125,11 +127,10 @@ class Enhance(SimpleInterface):
 
         from remix_bids.interfaces.resample import save_on_working_grid
 
-        low = np.asanyarray(nb.load(self.inputs.in_file).dataobj, dtype=np.float32)
         scaling = "none: the output is a resampled copy"
         device = "cpu"
         if self.inputs.expert == NO_EXPERT:
-            high = low
+            high = np.asanyarray(nb.load(self.inputs.in_file).dataobj, dtype=np.float32)
         else:
             import torch
 
@@ -140,10 +141,12 @@ class Enhance(SimpleInterface):
             torch.set_num_threads(1)
             device = self.inputs.device
             record = load_registry(Path(self.inputs.expert_file).parent)[self.inputs.expert]
+            low = np.asanyarray(nb.load(self.inputs.estimate).dataobj, dtype=np.float32)
             covered = np.asanyarray(nb.load(self.inputs.coverage).dataobj) > 0
             phase = np.asanyarray(nb.load(self.inputs.phase).dataobj, dtype=np.float32)
             network = _loaded_expert(record)
-            high = enhance(low, covered, phase, record, device=device, network=network)
+            axis = self.inputs.slice_axis
+            high = enhance(low, covered, phase, axis, record, device=device, network=network)
             scaling = (
                 "99.5th percentile of the foreground inside the field of view to 1 for the "
                 "network, undone afterwards"

@@ -24,18 +24,21 @@ class _ToWorkingGridInputSpec(BaseInterfaceInputSpec):
     transform = File(exists=True, mandatory=True, desc="ITK affine, template to native points")
     template = File(exists=True, mandatory=True, desc="template T1w")
     template_mask = File(exists=True, desc="its brain; absent: where the template is not zero")
+    slice_thickness = traits.Float(desc="mm; absent: the spacing of the slices")
 
 
 class _ToWorkingGridOutputSpec(TraitedSpec):
-    out_file = File(exists=True, desc="image on the working grid")
+    out_file = File(exists=True, desc="image on the working grid, interpolated (cubic B-spline)")
+    estimate = File(exists=True, desc="the same less the blur of its slices, for the network")
     coverage = File(exists=True, desc="1 where the scanner has measured")
     phase = File(exists=True, desc="where the measured planes lie")
+    slice_axis = traits.Range(0, 2, desc="axis of the grid along which slices are stacked")
     brain_coverage = traits.Float(desc="part of the template's brain that was measured")
     warnings = traits.List(Str)
 
 
 class ToWorkingGrid(SimpleInterface):
-    """Resample an image to the grid the experts work on (cubic B-spline)."""
+    """Bring an image to the grid that the experts work on."""
 
     input_spec = _ToWorkingGridInputSpec
     output_spec = _ToWorkingGridOutputSpec
@@ -46,27 +49,32 @@ class ToWorkingGrid(SimpleInterface):
 
         from remix_bids import spatial
         from remix_bids.registration.itk import read_itk_affine
-        from remix_bids.simulation.acquisition import slice_phase
+        from remix_bids.simulation.acquisition import from_header
+        from remix_bids.simulation.degrade import restore_grid
+        from remix_bids.simulation.estimate import linear_estimate
 
         torch.set_num_threads(1)  # the voxels must not depend on the number of processors
         image = nb.load(self.inputs.in_file)
         data = np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
-        native = spatial.Grid(data.shape, image.affine)
-        grid = spatial.WORKING_GRID
-        mapping = spatial.index_map(grid, native, read_itk_affine(self.inputs.transform))
-        covered = spatial.coverage(mapping, native.shape, grid.shape)
-        resampled = spatial.resample(torch.from_numpy(data.copy()), mapping, grid.shape, "cubic")
-        if data.min() >= 0:
-            resampled = resampled.clamp(min=0)  # a spline overshoots beside bright edges
-        resampled = resampled * covered
+        native = torch.from_numpy(data.copy())
+        thickness = self.inputs.slice_thickness
+        acquisition = from_header(
+            spatial.Grid(data.shape, image.affine),
+            read_itk_affine(self.inputs.transform),
+            thickness if isdefined(thickness) else None,
+        )
+        interpolated = restore_grid(native, acquisition.grid, acquisition.world)
+        estimate = linear_estimate(native, acquisition)
 
-        inside = covered.numpy()
+        inside = interpolated.covered.numpy()
         folder = Path(runtime.cwd)
         outputs: dict[str, np.ndarray] = {
-            "out_file": resampled.numpy().astype(np.float32),
+            "out_file": interpolated.image.numpy(),
+            "estimate": estimate.image.numpy(),
             "coverage": inside.astype(np.uint8),
-            "phase": slice_phase(mapping, native, grid.shape).astype(np.float32),
+            "phase": estimate.phase.numpy(),
         }
+        self._results["slice_axis"] = estimate.axis
         for name, values in outputs.items():
             path = folder / f"{name}.nii"
             save_on_working_grid(values, path)

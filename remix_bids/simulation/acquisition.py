@@ -83,12 +83,15 @@ class Acquisition:
         Full width at half maximum of the acquisition's profile along each voxel axis, mm.
     box : tuple of 3 bool
         Along which axes the profile is a smoothed box; a Gaussian elsewhere.
+    thickness : float or None
+        Nominal slice thickness, mm, where a sidecar would tell it.
     """
 
     grid: Grid
     world: np.ndarray
     widths: tuple[float, float, float]
     box: tuple[bool, bool, bool] = (False, False, False)
+    thickness: float | None = None
 
     @property
     def volume(self) -> float:
@@ -277,6 +280,7 @@ def place(
         thickness = min(geometry.thickness, sizes[axis])
     else:
         thickness = sizes[axis] * rng.uniform(0.85, 1.0)
+    told = shape is not None or geometry.gap is not None or geometry.thickness is not None
 
     # Fine matrices are zero-filled: what was acquired in-plane is coarser than the voxel, and
     # sampling it at 0.9 mm loses nothing that was measured.
@@ -301,6 +305,7 @@ def place(
         world,
         (float(widths[0]), float(widths[1]), float(widths[2])),
         (is_box and axis == 0, is_box and axis == 1, is_box and axis == 2),
+        float(thickness) if told else None,
     )
 
 
@@ -331,7 +336,7 @@ def from_header(grid: Grid, world: np.ndarray, thickness: float | None = None) -
     if thickness is not None and 0 < thickness < sizes[axis]:
         widths[axis] = thickness
     x, y, z = (float(w) for w in widths * WIDTH_FACTOR)
-    return Acquisition(grid, np.array(world, dtype=float), (x, y, z))
+    return Acquisition(grid, np.array(world, dtype=float), (x, y, z), thickness=thickness)
 
 
 def draw(

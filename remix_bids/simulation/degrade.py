@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.simulation.acquisition import Acquisition, slice_phase
+from remix_bids.simulation.acquisition import Acquisition, slice_axis, slice_phase
 from remix_bids.spatial import WORKING_GRID, Grid, along_axis, coverage, index_map, resample
 
 _FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
@@ -34,11 +34,14 @@ class LowResolution:
     covered : (x, y, z) bool tensor
     phase : (x, y, z) tensor
         See `remix_bids.simulation.acquisition.slice_phase`.
+    axis : int
+        Axis of the grid along which the slices are stacked, or nearest to that.
     """
 
     image: Tensor
     covered: Tensor
     phase: Tensor
+    axis: int
 
 
 def profile(offsets: np.ndarray, width: float, box: bool) -> np.ndarray:
@@ -192,13 +195,19 @@ def restore_grid(
     grid : Grid
         Of the result.
     """
-    mapping = index_map(grid, source, world)
-    covered = coverage(mapping, source.shape, grid.shape, like=native)
-    image = resample(native, mapping, grid.shape, order) * covered
+    image = resample(native, index_map(grid, source, world), grid.shape, order)
     if native.min() >= 0:
         image = image.clamp(min=0)  # a spline overshoots at edges, a magnitude does not
-    phase = torch.from_numpy(slice_phase(mapping, source, grid.shape)).to(native)
-    return LowResolution(image, covered, phase * covered)
+    return seen_from(image, source, world, grid)
+
+
+def seen_from(image: Tensor, source: Grid, world: np.ndarray, grid: Grid) -> LowResolution:
+    """An image on ``grid``, kept where a scan on ``source`` has measured; see `restore_grid`."""
+    mapping = index_map(grid, source, world)
+    covered = coverage(mapping, source.shape, grid.shape, like=image)
+    phase = torch.from_numpy(slice_phase(mapping, source, grid.shape)).to(image)
+    axis = int(np.argmax(np.abs(mapping[slice_axis(source), :3])))
+    return LowResolution(image * covered, covered, phase * covered, axis)
 
 
 def degrade(

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.experts.inference import intensity_scale, network_input
-from remix_bids.simulation.acquisition import Acquisition, Geometry, draw, slice_axis
-from remix_bids.simulation.degrade import acquire, add_rician_noise, bounding_box, restore_grid
+from remix_bids.experts.inference import intensity_scale, network_input, slices_last
+from remix_bids.simulation.acquisition import Acquisition, Geometry, draw, from_header, slice_axis
+from remix_bids.simulation.degrade import acquire, add_rician_noise, bounding_box
+from remix_bids.simulation.estimate import linear_estimate
 from remix_bids.spatial import WORKING_GRID, Grid
 
 COARSE_MM = 1.2
@@ -164,7 +165,10 @@ def truncated(
 
 @dataclass(frozen=True)
 class Pair:
-    """A simulated volume: network input (3, x, y, z), target (x, y, z), trust in its detail."""
+    """A simulated volume: network input (3, x, y, z), target (x, y, z), trust in its detail.
+
+    Slices are stacked along the last axis.
+    """
 
     inputs: Tensor
     target: Tensor
@@ -196,10 +200,17 @@ def simulate_pair(
         native = add_rician_noise(native, rng.uniform(0, augment.noise_range), generator)
     if rng.random() < augment.truncate:
         native, source = truncated(rng, native, acquisition, augment.truncate_range)
-    low = restore_grid(native, source, acquisition.world, grid)
+    low = linear_estimate(native, as_told(rng, acquisition, source), grid)
     scale = intensity_scale(low.image, low.covered)
-    inputs = network_input(low.image, low.covered, low.phase, scale)
-    return Pair(inputs, image[crop] / scale, COARSE_DETAIL if person.coarse else 1.0)
+    inputs = network_input(low.image, low.covered, low.phase, low.axis, scale)
+    target = slices_last(image[crop] / scale, low.axis)
+    return Pair(inputs, target, COARSE_DETAIL if person.coarse else 1.0)
+
+
+def as_told(rng: np.random.Generator, acquisition: Acquisition, source: Grid) -> Acquisition:
+    """The acquisition as header and sidecar tell it: half of the sidecars give the thickness."""
+    known = rng.random() < 0.5
+    return from_header(source, acquisition.world, acquisition.thickness if known else None)
 
 
 def _crop_grid(crop: tuple[slice, ...]) -> Grid:
@@ -230,9 +241,14 @@ def crop_to_foreground(image: Tensor, minimum: int) -> tuple[tuple[slice, ...], 
 
 
 def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) -> dict[str, Tensor]:
-    """Cut patches, four in five of them centred on foreground that was acquired."""
+    """Cut patches, four in five of them centred on foreground that was acquired.
+
+    The way from thick slices to thin ones knows no left and right: patches are mirrored, and their
+    in-plane axes swapped, at random.
+    """
     shape = pair.target.shape
     foreground = torch.nonzero((pair.target > 0.1) & (pair.inputs[1] > 0))
+    both = torch.cat([pair.inputs, pair.target[None]]).half()
     inputs, targets = [], []
     for _ in range(count):
         if rng.random() < 0.8 and len(foreground):
@@ -242,12 +258,16 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
             ]
         else:
             start = [int(rng.integers(n - size + 1)) for n in shape]
-        where = tuple(slice(s, s + size) for s in start)
-        inputs.append(pair.inputs[(slice(None), *where)])
-        targets.append(pair.target[where])
+        where = (slice(None), *(slice(s, s + size) for s in start))
+        cut = both[where]
+        mirrored = [axis for axis in (1, 2, 3) if rng.random() < 0.5]
+        cut = cut.flip(mirrored)
+        cut = cut.transpose(1, 2) if rng.random() < 0.5 else cut
+        inputs.append(cut[:-1])
+        targets.append(cut[-1])
     return {
-        "inputs": torch.stack(inputs).bfloat16(),
-        "targets": torch.stack(targets).bfloat16(),
+        "inputs": torch.stack(inputs),
+        "targets": torch.stack(targets),
         "detail": torch.full((count,), pair.detail),
     }
 

@@ -41,7 +41,7 @@ class Schedule:
     decay: float = 1e-4  # of weights, not of biases
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.995
-    rim: int = 8  # voxels of a patch's border that the loss ignores
+    rim: int = 4  # voxels of a patch's border that the loss ignores
     volumes_per_round: int = 12  # simulated volumes whose patches are shuffled together
     validate_every: int = 250
     validation_volumes: int = 7
@@ -190,15 +190,15 @@ def forward_parts(
     network: ResidualUNet | None, batch: dict[str, Tensor], loss: RemixLoss, rim: int
 ) -> Tensor:
     """Loss parts (4, n) of a batch; of the identity without a network. The loss is float32."""
-    inputs = batch["inputs"]
+    inputs = batch["inputs"].float()
     if network is None:
-        output = inputs[:, 0].float()
+        output = inputs[:, 0]
     else:
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
             output = network(inputs)[:, 0]
         output = output.float()
     inner = (slice(None), *(slice(rim, n - rim) for n in output.shape[1:]))
-    target, covered = batch["targets"].float(), inputs[:, 1].float()
+    target, covered = batch["targets"].float(), inputs[:, 1]
     return loss.parts(output[inner], target[inner], covered[inner], batch["detail"])
 
 

@@ -35,6 +35,7 @@ def init_anat_remix_wf(
     expert: str = "auto",
     gate: str = "effective",
     skull_stripped: bool | None = None,
+    slice_thickness: float | None = None,
     random_seed: int = 0,
     device: str = "cpu",
     omp_nthreads: int = 1,
@@ -61,6 +62,8 @@ def init_anat_remix_wf(
         As on the command line.
     skull_stripped : bool, optional
         What the image's own sidecar says.
+    slice_thickness : float, optional
+        mm, as the image's own sidecar says.
     random_seed : int
     device : str
         'cpu', 'cuda' or 'cuda:N'.
@@ -91,6 +94,8 @@ def init_anat_remix_wf(
         to_mni.inputs.template_mask = str(template.brain_mask)
     if skull_stripped is not None:
         register.inputs.skull_stripped = skull_stripped
+    if slice_thickness is not None:
+        to_mni.inputs.slice_thickness = slice_thickness
     select_expert = Node(
         SelectExpert(experts_table=str(experts_table), expert=expert, gate=gate),
         name="select_expert",
@@ -122,7 +127,13 @@ def init_anat_remix_wf(
             (
                 to_mni,
                 enhance,
-                [("out_file", "in_file"), ("coverage", "coverage"), ("phase", "phase")],
+                [
+                    ("out_file", "in_file"),
+                    ("estimate", "estimate"),
+                    ("coverage", "coverage"),
+                    ("phase", "phase"),
+                    ("slice_axis", "slice_axis"),
+                ],
             ),
             (
                 select_expert,

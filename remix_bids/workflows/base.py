@@ -102,6 +102,7 @@ def init_single_subject_wf(
             expert=config.expert,
             gate=config.gate,
             skull_stripped=scan.skull_stripped,
+            slice_thickness=scan.slice_thickness,
             random_seed=config.random_seed,
             device=config.device,
             omp_nthreads=config.omp_nthreads or 1,

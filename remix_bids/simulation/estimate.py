@@ -1,0 +1,115 @@
+"""The best linear guess of the image behind an acquisition: what the network is fed.
+
+Interpolation treats thick slices as points. Here every axis is estimated by ordinary kriging: an
+image whose covariance falls off with distance as measured on brains, seen through Gaussian profiles
+of the acquisition's widths. It costs as much as a spline and comes near to iterative
+back-projection (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remix_bids.simulation.acquisition import Acquisition
+from remix_bids.simulation.degrade import LowResolution, acquire, seen_from
+from remix_bids.spatial import WORKING_GRID, Grid, along_axis, index_map, resample
+
+# Covariance exp(-(d / LENGTH)^POWER) of a brain along a line, and the variance of noise relative to
+# that of the image: what validation liked best (docs/experiments.md).
+LENGTH, POWER, NOISE = 12.0, 1.3, 2e-4
+IMAGE_WIDTH = 1.0  # mm, of the voxels that are to be estimated
+_NODE_MM = 0.5
+_UNKNOWN_MEAN = 100.0  # variance of the mean, so large that the data alone determine it
+_FWHM_TO_SIGMA = 0.42466
+
+
+def _covariance(distance: np.ndarray, width: float) -> np.ndarray:
+    """Covariance of two Gaussian averages whose squared widths (FWHM, mm) add up to width^2."""
+    lags = np.arange(0.0, distance.max() + 0.2, 0.1)
+    z = np.linspace(-3.5, 3.5, 71)
+    weights = np.exp(-0.5 * z**2)
+    blurred = np.exp(-((np.abs(lags[:, None] + width * _FWHM_TO_SIGMA * z) / LENGTH) ** POWER))
+    return np.interp(distance, lags, blurred @ weights / weights.sum())
+
+
+def estimator(n: int, spacing: float, width: float, positions: np.ndarray) -> np.ndarray:
+    """Matrix from ``n`` samples along a line to the image at some positions.
+
+    Parameters
+    ----------
+    n : int
+        Samples, at multiples of ``spacing`` (mm).
+    width : float
+        Of their Gaussian profile (FWHM, mm).
+    positions : (m,) array
+        Where to estimate, mm from the first sample.
+
+    Returns
+    -------
+    (m, n) array
+        Rows sum to 1: a constant comes back as itself.
+    """
+    samples = np.arange(n) * spacing
+    width = max(width, IMAGE_WIDTH)
+    between = _covariance(np.abs(samples[:, None] - samples), np.sqrt(2) * width)
+    across = _covariance(np.abs(positions[:, None] - samples), np.hypot(IMAGE_WIDTH, width))
+    system = between + NOISE * np.eye(n) + _UNKNOWN_MEAN
+    matrix = np.linalg.solve(system, (across + _UNKNOWN_MEAN).T).T
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def estimate_image(native: Tensor, acquisition: Acquisition, grid: Grid = WORKING_GRID) -> Tensor:
+    """The linear estimate on ``grid``, not masked; linear in ``native``.
+
+    Parameters
+    ----------
+    native : (x, y, z) tensor
+        On ``acquisition.grid``.
+    acquisition : Acquisition
+        Its profiles are taken to be Gaussian.
+    grid : Grid
+        Of the result, in template world.
+    """
+    mapping = index_map(grid, acquisition.grid, acquisition.world)
+    corners = np.array(list(product(*((0, n - 1) for n in grid.shape))), dtype=float)
+    reached = corners @ mapping[:3, :3].T + mapping[:3, 3]
+    table, to_nodes = native, np.eye(4)
+    for axis, spacing in enumerate(acquisition.grid.voxel_sizes):
+        n = native.shape[axis]
+        # Half a voxel beyond the first and last sample is still covered.
+        low = np.clip(reached[:, axis].min(), -0.5, n - 1) * spacing
+        high = np.clip(reached[:, axis].max(), 0, n - 0.5) * spacing
+        positions = low + _NODE_MM * np.arange(max(2, np.ceil((high - low) / _NODE_MM) + 1))
+        matrix = estimator(n, float(spacing), acquisition.widths[axis], positions)
+        table = along_axis(torch.as_tensor(matrix, dtype=native.dtype).to(native), table, axis)
+        to_nodes[axis, axis], to_nodes[axis, 3] = spacing / _NODE_MM, -low / _NODE_MM
+    return resample(table, to_nodes @ mapping, grid.shape, "linear")
+
+
+def linear_estimate(
+    native: Tensor, acquisition: Acquisition, grid: Grid = WORKING_GRID
+) -> LowResolution:
+    """Bring a native image to a grid in template world, less the blur of its slices.
+
+    The same function serves training, evaluation and the app.
+    """
+    image = estimate_image(native, acquisition, grid)
+    if native.min() >= 0:
+        image = image.clamp(min=0)  # it overshoots at edges, a magnitude does not
+    return seen_from(image, acquisition.grid, acquisition.world, grid)
+
+
+def make_consistent(
+    image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid, steps: int
+) -> Tensor:
+    """Add what an image lacks to explain the scan: x <- x + E(y - A x), E the linear estimate."""
+    for _ in range(steps):
+        missing = native - acquire(image, acquisition, grid)
+        added = estimate_image(missing, acquisition, grid)
+        covered = seen_from(image, acquisition.grid, acquisition.world, grid).covered
+        image = (image + added).clamp(min=0) * covered
+    return image

@@ -1,0 +1,125 @@
+"""The linear estimate that feeds the network, by identities and known answers."""
+
+import numpy as np
+import pytest
+import torch
+
+from remix_bids.simulation.acquisition import Acquisition, from_header
+from remix_bids.simulation.degrade import acquire, restore_grid
+from remix_bids.simulation.estimate import (
+    _covariance,
+    estimate_image,
+    estimator,
+    linear_estimate,
+    make_consistent,
+)
+from remix_bids.spatial import Grid
+
+GRID = Grid((48, 40, 48), np.eye(4))
+
+
+def thick(spacing=4.0, width=4.0, axis=2):
+    """Slices of some thickness, a little turned."""
+    sizes = np.ones(3)
+    sizes[axis] = spacing
+    angle = np.deg2rad(5)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    shape = [48, 40, 48]
+    shape[axis] = round(48 / spacing)
+    widths = [1.0, 1.0, 1.0]
+    widths[axis] = width
+    x, y, z = shape
+    return Acquisition(Grid((x, y, z), np.diag([*sizes, 1.0])), turn, tuple(widths))
+
+
+@pytest.fixture(scope="module")
+def texture():
+    """A random field that is positive and smooth at the scale of a few voxels."""
+    noise = torch.randn((1, 1, *GRID.shape), generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.avg_pool3d(noise, 3, stride=1, padding=1)
+    smooth = torch.nn.functional.avg_pool3d(smooth, 3, stride=1, padding=1)[0, 0]
+    return 1 + smooth / smooth.std() * 0.2
+
+
+@pytest.mark.parametrize(("n", "spacing", "width"), [(1, 5, 5), (2, 3, 3), (30, 5, 4), (200, 1, 1)])
+def test_a_constant_comes_back_as_itself(n, spacing, width):
+    positions = np.linspace(-spacing / 2, (n - 0.5) * spacing, 77)
+    np.testing.assert_allclose(estimator(n, spacing, width, positions).sum(axis=1), 1, atol=1e-9)
+
+
+def test_thin_samples_are_interpolated():
+    """Where an image is sampled as finely as it is estimated, the samples stay what they are."""
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=40)
+    matrix = estimator(40, 1.0, 1.0, np.arange(40.0))
+    assert np.abs(matrix @ samples - samples).max() < 0.05
+
+
+def test_covariance_falls_off_and_blur_lowers_it():
+    distance = np.linspace(0, 60, 200)
+    sharp, blurred = _covariance(distance, 1e-6), _covariance(distance, 6.0)
+    assert sharp[0] == pytest.approx(1)
+    assert (np.diff(sharp) < 0).all()
+    assert blurred[0] < sharp[0]
+
+
+def test_the_estimate_predicts_its_own_measurements(texture):
+    """Seen through the same acquisition again, it gives the scan back, far better than a spline."""
+    acquisition = thick()
+    native = acquire(texture, acquisition, GRID)
+    inner = (slice(6, -6), slice(6, -6), slice(2, -2))
+
+    def unexplained(image):
+        return (acquire(image, acquisition, GRID) - native)[inner].std() / native[inner].std()
+
+    spline = restore_grid(native, acquisition.grid, acquisition.world, GRID).image
+    assert unexplained(linear_estimate(native, acquisition, GRID).image) < 0.5 * unexplained(spline)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_it_is_nearer_to_the_truth_than_a_spline(texture, axis):
+    acquisition = thick(3.0, 3.0, axis)
+    native = acquire(texture, acquisition, GRID)
+    low = linear_estimate(native, acquisition, GRID)
+    spline = restore_grid(native, acquisition.grid, acquisition.world, GRID).image
+    inner = (slice(8, -8),) * 3
+    errors = [((x - texture)[inner] ** 2).mean() for x in (low.image, spline)]
+    assert errors[0] < 0.8 * errors[1]
+    assert low.axis == axis
+    assert torch.equal(
+        low.covered, restore_grid(native, acquisition.grid, acquisition.world, GRID).covered
+    )
+
+
+def test_estimate_of_a_part_is_part_of_the_estimate(texture):
+    acquisition = thick()
+    native = acquire(texture, acquisition, GRID)
+    whole = estimate_image(native, acquisition, GRID)
+    shift = np.eye(4)
+    shift[:3, 3] = 8, 4, 12
+    part = estimate_image(native, acquisition, Grid((24, 30, 20), shift))
+    assert (whole[8:32, 4:34, 12:32] - part).abs().max() < 0.02 * whole.abs().max()
+
+
+def test_consistency_steps_explain_the_scan(texture):
+    acquisition = thick()
+    native = acquire(texture, acquisition, GRID)
+    flat = torch.full_like(texture, float(texture.mean()))
+    inner = (slice(6, -6), slice(6, -6), slice(2, -2))
+    left = []
+    for steps in (0, 1, 3):
+        image = make_consistent(flat, native, acquisition, GRID, steps)
+        left.append(float((acquire(image, acquisition, GRID) - native)[inner].std()))
+    assert left[1] < 0.3 * left[0]
+    assert left[2] < left[1]
+
+
+def test_what_a_header_tells():
+    grid = Grid((256, 256, 30), np.diag([0.5, 1.0, 5.0, 1.0]))
+    widths = from_header(grid, np.eye(4), 4.0).widths
+    assert widths[2] == pytest.approx(0.975 * 4)
+    assert widths[1] == pytest.approx(0.975)
+    assert widths[0] > 0.95  # zero-filled: what was acquired is coarser than the voxel
+    for unknown in (None, 0.0, 7.0):
+        assert from_header(grid, np.eye(4), unknown).widths[2] == pytest.approx(0.975 * 5)
