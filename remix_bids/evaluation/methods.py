@@ -42,5 +42,5 @@ def back_project(
 
 def run_expert(low: LowResolution, record: ExpertRecord, network: ResidualUNet) -> Tensor:
     """An expert on the linear estimate."""
-    arrays = (low.image.numpy(), low.covered.numpy(), low.phase.numpy())
-    return torch.from_numpy(enhance(*arrays, low.axis, record, network=network))
+    arrays = (low.image.numpy(), low.covered.numpy())
+    return torch.from_numpy(enhance(*arrays, low.sampling, record, network=network))

@@ -14,6 +14,7 @@ from torch import Tensor
 from remix_bids.errors import InputImageError, MissingResourceError
 from remix_bids.experts.registry import ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
+from remix_bids.simulation.acquisition import Sampling
 
 PERCENTILE = 99.5
 
@@ -45,18 +46,32 @@ def _percentile(values: Tensor) -> float:
 
 
 def network_input(
-    low_resolution: Tensor, covered: Tensor, phase: Tensor, axis: int, scale: float
-) -> Tensor:
-    """Stack the channels in the order of `remix_bids.experts.unet.INPUTS`.
+    estimate: Tensor, covered: Tensor, sampling: Sampling, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What a network sees of a scan, its slices stacked along the last axis.
 
-    Parameters
-    ----------
-    axis : int
-        Along which the slices are stacked; it comes last, so that the network need not learn one
-        task three times.
+    The axis comes last so that the network need not learn one task three times.
+
+    Returns
+    -------
+    (channels, x, y, z) tensor
+        In the order of `remix_bids.experts.unet.INPUTS`.
+    (3,) tensor
+        Voxel sizes, mm.
     """
-    channels = torch.stack([low_resolution / scale, covered.to(low_resolution), phase])
-    return slices_last(channels, axis)
+    order = axes_in_order(sampling.axis)
+    x, y, z = estimate.shape
+    phases = torch.from_numpy(sampling.phases((x, y, z))[order]).to(estimate)
+    channels = torch.cat([torch.stack([estimate / scale, covered.to(estimate)]), phases * covered])
+    sizes = torch.as_tensor(sampling.sizes[order], dtype=estimate.dtype, device=estimate.device)
+    return slices_last(channels, sampling.axis), sizes
+
+
+def axes_in_order(axis: int) -> list[int]:
+    """The axes with ``axis`` and the last one swapped."""
+    order = [0, 1, 2]
+    order[axis], order[2] = order[2], order[axis]
+    return order
 
 
 def slices_last(volume: Tensor, axis: int) -> Tensor:
@@ -86,13 +101,15 @@ def load_expert(record: ExpertRecord) -> ResidualUNet:
 
 
 @torch.inference_mode()
-def predict(network: ResidualUNet, inputs: Tensor) -> Tensor:
+def predict(network: ResidualUNet, inputs: Tensor, sizes: Tensor) -> Tensor:
     """Run a network on one volume of any size.
 
     Parameters
     ----------
     inputs : (channels, x, y, z) tensor
         Padded with zeros at the far ends to a multiple that the network can halve.
+    sizes : (3,) tensor
+        Voxel sizes, mm.
 
     Returns
     -------
@@ -101,14 +118,13 @@ def predict(network: ResidualUNet, inputs: Tensor) -> Tensor:
     shape = inputs.shape[1:]
     pad = [(-n) % network.multiple for n in shape]
     padded = F.pad(inputs, (0, pad[2], 0, pad[1], 0, pad[0]))[None]
-    return network(padded)[0, 0, : shape[0], : shape[1], : shape[2]]
+    return network(padded, sizes[None])[0, 0, : shape[0], : shape[1], : shape[2]]
 
 
 def enhance(
     low_resolution: np.ndarray,
     covered: np.ndarray,
-    phase: np.ndarray,
-    axis: int,
+    sampling: Sampling,
     record: ExpertRecord,
     *,
     device: str = "cpu",
@@ -123,10 +139,8 @@ def enhance(
         was acquired.
     covered : (x, y, z) bool array
         Where the scan has data.
-    phase : (x, y, z) float array
-        See `remix_bids.simulation.acquisition.slice_phase`.
-    axis : int
-        Along which the slices are stacked.
+    sampling : Sampling
+        Where the scan has measured.
     record : ExpertRecord
     device : str
         A torch device.
@@ -150,7 +164,6 @@ def enhance(
         scale = intensity_scale(image, mask)
     except ValueError as error:
         raise InputImageError(str(error)) from error
-    wave = torch.from_numpy(np.ascontiguousarray(phase, dtype=np.float32))
-    inputs = network_input(image, mask, wave, axis, scale).to(device)
-    output = slices_last(predict(network.to(device), inputs), axis).cpu() * scale
+    inputs, sizes = network_input(image.to(device), mask.to(device), sampling, scale)
+    output = slices_last(predict(network.to(device), inputs, sizes), sampling.axis).cpu() * scale
     return (output.clamp(min=0) * mask).numpy()

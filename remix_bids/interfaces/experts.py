@@ -100,8 +100,8 @@ class _EnhanceInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="image on the working grid, interpolated")
     estimate = File(exists=True, mandatory=True, desc="the same less the blur of its slices")
     coverage = File(exists=True, mandatory=True)
-    phase = File(exists=True, mandatory=True)
-    slice_axis = traits.Range(0, 2, mandatory=True, desc="along which the slices are stacked")
+    native = File(exists=True, mandatory=True, desc="the scan, for its grid")
+    transform = File(exists=True, mandatory=True, desc="ITK affine, template to native points")
     expert = Str(mandatory=True)
     expert_sha256 = Str(desc="of the weights: other weights are another computation")
     # The path of the weights may differ between machines, the hash says what they are.
@@ -136,6 +136,9 @@ class Enhance(SimpleInterface):
 
             from remix_bids.experts.inference import enhance
             from remix_bids.experts.registry import load_registry
+            from remix_bids.registration.itk import read_itk_affine
+            from remix_bids.simulation.acquisition import sampling
+            from remix_bids.spatial import WORKING_GRID, Grid, index_map
 
             # Convolutions round otherwise with another number of threads; scans run side by side.
             torch.set_num_threads(1)
@@ -143,10 +146,17 @@ class Enhance(SimpleInterface):
             record = load_registry(Path(self.inputs.expert_file).parent)[self.inputs.expert]
             low = np.asanyarray(nb.load(self.inputs.estimate).dataobj, dtype=np.float32)
             covered = np.asanyarray(nb.load(self.inputs.coverage).dataobj) > 0
-            phase = np.asanyarray(nb.load(self.inputs.phase).dataobj, dtype=np.float32)
-            network = _loaded_expert(record)
-            axis = self.inputs.slice_axis
-            high = enhance(low, covered, phase, axis, record, device=device, network=network)
+            scan = nb.load(self.inputs.native)
+            source = Grid(scan.shape[:3], scan.affine)
+            mapping = index_map(WORKING_GRID, source, read_itk_affine(self.inputs.transform))
+            high = enhance(
+                low,
+                covered,
+                sampling(mapping, source),
+                record,
+                device=device,
+                network=_loaded_expert(record),
+            )
             scaling = (
                 "99.5th percentile of the foreground inside the field of view to 1 for the "
                 "network, undone afterwards"

@@ -31,8 +31,6 @@ class _ToWorkingGridOutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="image on the working grid, interpolated (cubic B-spline)")
     estimate = File(exists=True, desc="the same less the blur of its slices, for the network")
     coverage = File(exists=True, desc="1 where the scanner has measured")
-    phase = File(exists=True, desc="where the measured planes lie")
-    slice_axis = traits.Range(0, 2, desc="axis of the grid along which slices are stacked")
     brain_coverage = traits.Float(desc="part of the template's brain that was measured")
     warnings = traits.List(Str)
 
@@ -72,9 +70,7 @@ class ToWorkingGrid(SimpleInterface):
             "out_file": interpolated.image.numpy(),
             "estimate": estimate.image.numpy(),
             "coverage": inside.astype(np.uint8),
-            "phase": estimate.phase.numpy(),
         }
-        self._results["slice_axis"] = estimate.axis
         for name, values in outputs.items():
             path = folder / f"{name}.nii"
             save_on_working_grid(values, path)

@@ -114,30 +114,46 @@ def slice_axis(grid: Grid) -> int:
     return 2 if np.ptp(sizes) < 1e-3 * sizes.max() else int(np.argmax(sizes))
 
 
-def slice_phase(mapping: np.ndarray, source: Grid, shape: tuple[int, int, int]) -> np.ndarray:
-    """Where the measured planes lie, as seen from an output grid.
+@dataclass(frozen=True)
+class Sampling:
+    """How a scan's grid looks from an output grid: each of its axes by the nearest output axis.
 
-    Parameters
+    Attributes
     ----------
-    mapping : (4, 4) array
-        Output voxel index to source voxel index.
-    source : Grid
-        The acquired grid.
-    shape : tuple of int
-        Output grid.
-
-    Returns
-    -------
-    float32 array of ``shape``
-        ``cos(2 pi k)`` with k the source index along its coarsest axis (1 on a measured plane, -1
-        half-way), faded out as the spacing approaches the 1 mm of the output.
+    rows : (3, 4) array
+        Scan index along each axis as an affine function of the output index.
+    sizes : (3,) array
+        Voxel sizes of the scan, mm.
     """
-    axis = slice_axis(source)
-    i, j, k = (np.arange(n, dtype=np.float32) for n in shape)
-    row = mapping[axis].astype(np.float32)
-    index = (row[0] * i + row[3])[:, None, None] + (row[1] * j)[None, :, None] + row[2] * k
-    fade = np.float32(np.clip(source.voxel_sizes[axis] - 1.0, 0.0, 1.0))
-    return fade * np.cos(np.float32(2 * np.pi) * index)
+
+    rows: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def axis(self) -> int:
+        """Along which the slices are stacked; the last one when all sizes are alike."""
+        alike = np.ptp(self.sizes) < 1e-3 * self.sizes.max()
+        return 2 if alike else int(np.argmax(self.sizes))
+
+    def phases(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """Where the scan has measured, (3, x, y, z) float32, one channel for each axis.
+
+        ``cos(2 pi k)`` with k the scan's index (1 on a sample, -1 half-way), faded out as the voxel
+        size approaches the 1 mm of the output.
+        """
+        i, j, k = (np.arange(n, dtype=np.float32) for n in shape)
+        out = np.empty((3, *shape), dtype=np.float32)
+        for phase, row, size in zip(out, self.rows.astype(np.float32), self.sizes, strict=True):
+            index = (row[0] * i + row[3])[:, None, None] + (row[1] * j)[None, :, None] + row[2] * k
+            phase[...] = np.clip(size - 1, 0, 1) * np.cos(np.float32(2 * np.pi) * index)
+        return out
+
+
+def sampling(mapping: np.ndarray, source: Grid) -> Sampling:
+    """The grid of a scan, seen through the index map from an output grid to it."""
+    sizes = source.voxel_sizes
+    nearest = np.abs(_nearest_axes(mapping[:3, :3] * sizes[:, None])).argmax(axis=0)
+    return Sampling(mapping[:3][nearest], sizes[nearest])
 
 
 def load_bank(path: Path | None = None) -> list[Geometry]:

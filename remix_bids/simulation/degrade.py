@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.simulation.acquisition import Acquisition, slice_axis, slice_phase
+from remix_bids.simulation.acquisition import Acquisition, Sampling, sampling
 from remix_bids.spatial import WORKING_GRID, Grid, along_axis, coverage, index_map, resample
 
 _FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
@@ -32,16 +32,13 @@ class LowResolution:
     image : (x, y, z) tensor
         Zero where nothing was acquired.
     covered : (x, y, z) bool tensor
-    phase : (x, y, z) tensor
-        See `remix_bids.simulation.acquisition.slice_phase`.
-    axis : int
-        Axis of the grid along which the slices are stacked, or nearest to that.
+    sampling : Sampling
+        Where the scan has measured.
     """
 
     image: Tensor
     covered: Tensor
-    phase: Tensor
-    axis: int
+    sampling: Sampling
 
 
 def profile(offsets: np.ndarray, width: float, box: bool) -> np.ndarray:
@@ -205,9 +202,7 @@ def seen_from(image: Tensor, source: Grid, world: np.ndarray, grid: Grid) -> Low
     """An image on ``grid``, kept where a scan on ``source`` has measured; see `restore_grid`."""
     mapping = index_map(grid, source, world)
     covered = coverage(mapping, source.shape, grid.shape, like=image)
-    phase = torch.from_numpy(slice_phase(mapping, source, grid.shape)).to(image)
-    axis = int(np.argmax(np.abs(mapping[slice_axis(source), :3])))
-    return LowResolution(image * covered, covered, phase * covered, axis)
+    return LowResolution(image * covered, covered, sampling(mapping, source))
 
 
 def degrade(

@@ -165,12 +165,12 @@ def truncated(
 
 @dataclass(frozen=True)
 class Pair:
-    """A simulated volume: network input (3, x, y, z), target (x, y, z), trust in its detail.
-
-    Slices are stacked along the last axis.
+    """A simulated volume: network input (channels, x, y, z), voxel sizes (3,), target (x, y, z) and
+    trust in its detail. Slices are stacked along the last axis.
     """
 
     inputs: Tensor
+    sizes: Tensor
     target: Tensor
     detail: float
 
@@ -202,9 +202,9 @@ def simulate_pair(
         native, source = truncated(rng, native, acquisition, augment.truncate_range)
     low = linear_estimate(native, as_told(rng, acquisition, source), grid)
     scale = intensity_scale(low.image, low.covered)
-    inputs = network_input(low.image, low.covered, low.phase, low.axis, scale)
-    target = slices_last(image[crop] / scale, low.axis)
-    return Pair(inputs, target, COARSE_DETAIL if person.coarse else 1.0)
+    inputs, sizes = network_input(low.image, low.covered, low.sampling, scale)
+    target = slices_last(image[crop] / scale, low.sampling.axis)
+    return Pair(inputs, sizes, target, COARSE_DETAIL if person.coarse else 1.0)
 
 
 def as_told(rng: np.random.Generator, acquisition: Acquisition, source: Grid) -> Acquisition:
@@ -249,7 +249,7 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
     shape = pair.target.shape
     foreground = torch.nonzero((pair.target > 0.1) & (pair.inputs[1] > 0))
     both = torch.cat([pair.inputs, pair.target[None]]).half()
-    inputs, targets = [], []
+    inputs, targets, sizes = [], [], []
     for _ in range(count):
         if rng.random() < 0.8 and len(foreground):
             centre = foreground[int(rng.integers(len(foreground)))].tolist()
@@ -258,15 +258,19 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
             ]
         else:
             start = [int(rng.integers(n - size + 1)) for n in shape]
-        where = (slice(None), *(slice(s, s + size) for s in start))
-        cut = both[where]
-        mirrored = [axis for axis in (1, 2, 3) if rng.random() < 0.5]
-        cut = cut.flip(mirrored)
-        cut = cut.transpose(1, 2) if rng.random() < 0.5 else cut
-        inputs.append(cut[:-1])
-        targets.append(cut[-1])
+        cut = both[(slice(None), *(slice(s, s + size) for s in start))]
+        cut = cut.flip([axis for axis in (1, 2, 3) if rng.random() < 0.5])
+        seen, size_of = cut[:-1], pair.sizes
+        target = cut[-1]
+        if rng.random() < 0.5:
+            seen = seen[[0, 1, 3, 2, 4]].transpose(1, 2)
+            target, size_of = target.transpose(0, 1), size_of[[1, 0, 2]]
+        inputs.append(seen)
+        targets.append(target)
+        sizes.append(size_of)
     return {
         "inputs": torch.stack(inputs),
+        "sizes": torch.stack(sizes),
         "targets": torch.stack(targets),
         "detail": torch.full((count,), pair.detail),
     }

@@ -101,17 +101,18 @@ class Validation:
                 slice(max(0, (n - size) // 2), max(0, (n - size) // 2) + size)
                 for n in pair.target.shape
             )
-            self._cases.append((pair.inputs[(slice(None), *middle)], pair.target[middle]))
+            inputs = pair.inputs[(slice(None), *middle)]
+            self._cases.append((inputs, pair.sizes, pair.target[middle]))
 
     @torch.no_grad()
     def __call__(self, network: ResidualUNet, device: torch.device) -> float:
         gains = []
-        for inputs, target in self._cases:
+        for inputs, sizes, target in self._cases:
             side = [n - n % network.multiple for n in target.shape]
             cut = tuple(slice(0, n) for n in side)
             x, y = inputs[(slice(None), *cut)].to(device), target[cut].to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                out = network(x[None])[0, 0].float()
+                out = network(x[None], sizes[None].to(device))[0, 0].float()
             mask = (x[1] > 0) & (y > 0.05)
             gains.append(psnr(out, y, mask) - psnr(x[0], y, mask))
         return float(np.mean(gains))
@@ -195,7 +196,7 @@ def forward_parts(
         output = inputs[:, 0]
     else:
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
-            output = network(inputs)[:, 0]
+            output = network(inputs, batch["sizes"])[:, 0]
         output = output.float()
     inner = (slice(None), *(slice(rim, n - rim) for n in output.shape[1:]))
     target, covered = batch["targets"].float(), inputs[:, 1]

@@ -131,10 +131,10 @@ def init_anat_remix_wf(
                     ("out_file", "in_file"),
                     ("estimate", "estimate"),
                     ("coverage", "coverage"),
-                    ("phase", "phase"),
-                    ("slice_axis", "slice_axis"),
                 ],
             ),
+            (validate, enhance, [("out_file", "native")]),
+            (register, enhance, [("forward_transform", "transform")]),
             (
                 select_expert,
                 enhance,
