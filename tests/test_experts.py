@@ -15,7 +15,11 @@ from remix_bids.experts.registry import (
     voxel_volume,
 )
 from remix_bids.experts.unet import ResidualUNet, depth_to_space, space_to_depth
+from remix_bids.simulation.acquisition import Sampling
 from remix_bids.training.trainer import save_network
+
+SIZES = torch.tensor([[1.0, 1.0, 4.0]])
+SAMPLING = Sampling(np.eye(3, 4), np.ones(3))
 
 
 def test_depth_to_space_undoes_space_to_depth():
@@ -24,21 +28,56 @@ def test_depth_to_space_undoes_space_to_depth():
 
 
 def test_an_untrained_network_is_the_identity():
-    x = torch.rand(1, 3, 16, 16, 24)
-    assert torch.equal(ResidualUNet(widths=(4, 8, 8))(x), x[:, :1])
+    x = torch.rand(1, 5, 16, 16, 24)
+    assert torch.equal(ResidualUNet(widths=(4, 8, 8))(x, SIZES), x[:, :1])
 
 
 def test_every_weight_learns():
     network = ResidualUNet(widths=(4, 8, 8))
-    torch.nn.init.normal_(network.out.weight, std=0.01)
-    network(torch.rand(1, 3, 16, 16, 16)).square().mean().backward()
+    for layer in (network.out, network.sizes[2]):
+        torch.nn.init.normal_(layer.weight, std=0.01)
+    network(torch.rand(1, 5, 16, 16, 16), SIZES).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
 def test_any_size_is_padded_and_cut_back():
     network = ResidualUNet(widths=(4, 8, 8))
-    inputs = torch.rand(3, 13, 17, 9)
-    assert torch.equal(predict(network, inputs), inputs[0])
+    inputs = torch.rand(5, 13, 17, 9)
+    assert torch.equal(predict(network, inputs, SIZES[0]), inputs[0])
+
+
+def trained_by_chance():
+    """A network that does something, and something else for other voxel sizes."""
+    torch.manual_seed(0)
+    network = ResidualUNet(widths=(4, 8, 8)).eval()
+    for layer in (network.out, network.sizes[2]):
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    return network
+
+
+def test_voxel_sizes_matter():
+    network = trained_by_chance()
+    x = torch.rand(1, 5, 16, 16, 16)
+    thin, thick = (network(x, torch.tensor([[1.0, 1.0, t]])) - x[:, :1] for t in (2.0, 6.0))
+    assert (thin - thick).abs().max() > 1e-4
+
+
+def test_slices_may_be_stacked_along_any_axis():
+    """Turning a scan turns the result: which way slices lie in the head does not matter."""
+    network, record = trained_by_chance(), None
+    generator = np.random.default_rng(0)
+    image = generator.random((16, 24, 32), dtype=np.float32)
+    covered = np.ones(image.shape, bool)
+    rows = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.25, 0]])
+    axial = enhance(image, covered, Sampling(rows, SIZES[0].numpy()), record, network=network)
+    order = [2, 1, 0]  # the first and the last axis swapped
+    turned = Sampling(rows[order][:, [*order, 3]], SIZES[0].numpy()[order])
+    swap = (2, 1, 0)
+    sagittal = enhance(
+        image.transpose(swap), covered.transpose(swap), turned, record, network=network
+    )
+    np.testing.assert_allclose(sagittal.transpose(swap), axial, atol=1e-6)
+    assert np.abs(axial - image).max() > 1e-3
 
 
 # The truth table of the gate: voxel sizes, plain volume, effective volume, expert of each.
@@ -121,7 +160,7 @@ def test_intensities_stay_the_scanners(tmp_path):
     covered = np.ones(image.shape, bool)
     covered[:3] = False
     for factor in (1.0, 1e-4, 1e5):
-        out = enhance(image * factor * covered, covered, 0 * image, 1, record)
+        out = enhance(image * factor * covered, covered, SAMPLING, record)
         np.testing.assert_allclose(out, image * factor * covered, rtol=1e-4)
         assert out.dtype == np.float32
 
@@ -139,4 +178,4 @@ def test_scale_ignores_air():
 def test_an_empty_image_is_refused(covered, tmp_path):
     zeros = np.zeros((8, 8, 8), np.float32)
     with pytest.raises(InputImageError):
-        enhance(zeros, np.full(zeros.shape, covered), zeros, 2, expert_file(tmp_path))
+        enhance(zeros, np.full(zeros.shape, covered), SAMPLING, expert_file(tmp_path))

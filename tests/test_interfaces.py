@@ -87,6 +87,7 @@ def test_known_affine_brings_known_voxels(tmp_path, template):
     inner[:, :, :] &= np.abs(expected - 500 - 8) < 70
     assert inner.sum() > 1e6
     assert np.abs(image - expected)[inner].max() < 0.5
+    assert np.abs(load(result.estimate) - expected)[inner].max() < 1
     assert not image[~covered].any()
     # Template x = -90 + i sees the scanner's x = i - 80: from -72 (half a slice out) to 88.
     assert np.flatnonzero(covered.any(axis=(1, 2))).tolist() == list(range(8, 169))
@@ -157,11 +158,13 @@ def inputs(tmp_path_factory):
         "in_file": rng.random(WORKING_GRID.shape, dtype=np.float32) * 800 * covered,
         "estimate": rng.random(WORKING_GRID.shape, dtype=np.float32) * 800 * covered,
         "coverage": covered,
-        "phase": rng.random(WORKING_GRID.shape, dtype=np.float32),
     }
     for name, array in values.items():
         save_on_working_grid(array, folder / f"{name}.nii")
-    return {name: str(folder / f"{name}.nii") for name in values} | {"slice_axis": 1}
+    save_image(folder / "native.nii.gz", None, np.diag([1.0, 1.0, 3.0, 1.0]))
+    write_itk_affine(folder / "xfm.txt", np.eye(4))
+    native = {"native": str(folder / "native.nii.gz"), "transform": str(folder / "xfm.txt")}
+    return {name: str(folder / f"{name}.nii") for name in values} | native
 
 
 def enhance(inputs, experts, folder, **settings):

@@ -14,9 +14,9 @@ from remix_bids.simulation.acquisition import (
     draw_shape,
     load_bank,
     place,
+    sampling,
     save_bank,
     slice_axis,
-    slice_phase,
 )
 from remix_bids.simulation.degrade import (
     acquire,
@@ -123,17 +123,25 @@ def test_noise_is_drawn_again_by_its_seed():
     assert float(air.mean()) == pytest.approx(0.1 * np.sqrt(np.pi / 2), rel=0.05)
 
 
-def test_phase_is_one_on_measured_planes():
+def test_phase_is_one_where_the_scan_has_measured():
     source = Grid((10, 10, 6), affine_of(np.eye(3), [1, 1, 4], [0, 0, 0]))
     output = Grid((10, 10, 21), np.eye(4))
-    phase = slice_phase(index_map(output, source), source, output.shape)
-    np.testing.assert_allclose(phase[5, 5, ::4], 1, atol=1e-5)
-    np.testing.assert_allclose(phase[5, 5, 2::4], -1, atol=1e-5)
+    seen = sampling(index_map(output, source), source)
+    phases = seen.phases(output.shape)
+    np.testing.assert_allclose(phases[2, 5, 5, ::4], 1, atol=1e-5)
+    np.testing.assert_allclose(phases[2, 5, 5, 2::4], -1, atol=1e-5)
+    assert not phases[:2].any()  # as fine as the output
+    assert seen.axis == 2
 
 
-def test_phase_of_an_isotropic_millimetre_is_zero():
-    source = Grid((10, 10, 10), np.eye(4))
-    assert not slice_phase(np.eye(4), source, (10, 10, 10)).any()
+def test_sampling_sorts_the_axes_of_a_scan_by_those_of_the_output():
+    """A sagittal scan stored slices last: its last axis is the output's first."""
+    turn = np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])
+    source = Grid((10, 12, 6), affine_of(turn, [1.0, 1.2, 5], [0, 0, 0]))
+    seen = sampling(index_map(Grid((30, 10, 14), np.eye(4)), source), source)
+    np.testing.assert_allclose(seen.sizes, [5, 1.0, 1.2])
+    assert seen.axis == 0
+    np.testing.assert_allclose(seen.rows[0], [0.2, 0, 0, 0], atol=1e-9)
 
 
 def test_slice_axis():

@@ -191,9 +191,9 @@ class BlurredNoise:
         blurred = torch.nn.functional.avg_pool3d(target, 3, stride=1, padding=1)
         low = (0.5 * (target + blurred))[0, 0]
         ones = torch.ones_like(low)
-        return Pair(torch.stack([low, ones, 0 * ones]), target[0, 0], 1.0), np.random.default_rng(
-            [self.seed, index]
-        )
+        inputs = torch.stack([low, ones, 0 * ones, 0 * ones, 0 * ones])
+        pair = Pair(inputs, torch.tensor([1.0, 1.0, 3.0]), target[0, 0], 1.0)
+        return pair, np.random.default_rng([self.seed, index])
 
     def __getitem__(self, index):
         pair, rng = self.pair(index)
