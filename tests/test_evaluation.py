@@ -107,10 +107,11 @@ def test_no_training_geometry_is_held_out():
 
 
 def rows():
-    values = {"linear": 24.0, "cubic": 25.0, "back-projection": 26.0, "general": 27.0}
+    values = dict(zip(METHODS, range(24, 24 + len(METHODS)), strict=True))
     return [
-        {"person": f"p{i}", "class": 4, "noise": 0.0, "method": method,
-         "psnr": values.get(method, 28.0) + i, "ssim": 0.9, "correlation": 0.99}
+        {"person": f"p{i}", "class": 4, "noise": 0.0, "method": method, "kind": "real",
+         "profile": "box", "anisotropy": 4.0, "psnr": values[method] + i + 0.0,
+         "psnr_whole": 30.0, "ssim": 0.9, "correlation": 0.99}
         for i in range(4)
         for method in METHODS
     ]  # fmt: skip
@@ -118,8 +119,14 @@ def rows():
 
 def test_the_table_gives_paired_gains():
     table = to_markdown(rows())
-    assert "| 4 | 25.50 | 26.50 | 27.50 | 28.50 | 29.50 |" in table
-    assert "| 4 | +4.00 [+4.00, +4.00] 4/4 | +3.00 [+3.00, +3.00] 4/4 |" in table
+    assert METHODS.index("expert") == 5
+    assert "| 4 | 25.50 | 26.50 | 27.50 | 28.50 | 29.50 | 30.50 | 31.50 |" in table
+    assert "| 4 | +5.00 [+5.00, +5.00] 4/4 | +4.00 [+4.00, +4.00] 4/4 |" in table
+    # Split by kind: cubic, back-projection, general.
+    cells = "+4.00 [+4.00, +4.00] 4/4 | +2.00 [+2.00, +2.00] 4/4 | +1.00 [+1.00, +1.00] 4/4"
+    assert f"| box profile | {cells} |" in table
+    assert f"| anisotropy 4 to 20 | {cells} |" in table
+    assert "| Gaussian profile |  |  |  |" in table
 
 
 def test_bootstrap_interval_holds_the_mean():
