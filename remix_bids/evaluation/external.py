@@ -1,0 +1,77 @@
+"""Other people's programs in the evaluation: any command that reads and writes an image."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import nibabel as nb
+import numpy as np
+
+from remix_bids.errors import RemixError, UsageError
+from remix_bids.spatial import Grid
+
+
+def parse_command(template: str) -> list[str]:
+    """Split a command like ``mri_synthseg --i {input} --o {output}``; no shell is involved.
+
+    Raises
+    ------
+    UsageError
+        If it does not name both files.
+    """
+    words = shlex.split(template)
+    if not words or not all(any(name in w for w in words) for name in ("{input}", "{output}")):
+        raise UsageError(f"the command {template!r} must hold {{input}} and {{output}}")
+    return words
+
+
+def run_command(
+    template: str, image: np.ndarray, grid: Grid, dtype: type = np.float32
+) -> tuple[np.ndarray, Grid]:
+    """Run a command on an image.
+
+    Parameters
+    ----------
+    template : str
+        See `parse_command`.
+    image : (x, y, z) array
+        Written as float32 NIfTI.
+    grid : Grid
+        Of the image, RAS+ mm.
+
+    Returns
+    -------
+    (x, y, z) array and Grid
+        What the command wrote, on the grid it chose.
+
+    Raises
+    ------
+    RemixError
+        If it fails or writes nothing that can be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        names = {key: str(Path(folder) / f"{key}.nii.gz") for key in ("input", "output")}
+        written = nb.Nifti1Image(image.astype(np.float32), grid.affine)
+        written.header.set_xyzt_units("mm", "sec")
+        nb.save(written, names["input"])
+        words = [
+            word.replace("{input}", names["input"]).replace("{output}", names["output"])
+            for word in parse_command(template)
+        ]
+        try:
+            done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
+                words, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RemixError(
+                    f"{template!r} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
+                )
+            result = nb.load(names["output"])
+            data = np.asanyarray(result.dataobj).astype(dtype).reshape(result.shape[:3])
+        except (OSError, nb.filebasedimages.ImageFileError) as error:
+            raise RemixError(f"{template!r}: {error}") from error
+    x, y, z = data.shape
+    return data, Grid((x, y, z), result.affine)
