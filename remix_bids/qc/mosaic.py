@@ -46,6 +46,16 @@ def choose_cuts(mask: np.ndarray, n: int) -> Cuts:
     return Cuts(*chosen)
 
 
+def box_around(mask: np.ndarray, margin: int) -> tuple[slice, slice, slice]:
+    """The bounding box of a mask, grown by some voxels; everything, if the mask is empty."""
+    sides = []
+    for axis in range(3):
+        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        low, high = (hits[0], hits[-1]) if hits.size else (0, mask.shape[axis] - 1)
+        sides.append(slice(max(int(low) - margin, 0), min(int(high) + margin + 1, mask.shape[axis])))
+    return sides[0], sides[1], sides[2]
+
+
 def intensity_window(volume: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     """Display window: 0 (or the 1st percentile, if negative) to the 99.8th of what is not air."""
     values = volume[mask & np.isfinite(volume)]
@@ -64,11 +74,7 @@ def _box(mask: np.ndarray, *volumes: np.ndarray) -> tuple[slice, slice, slice]:
         shown |= volume > 0.05 * intensity_window(volume, mask)[1]
     if not shown.any():
         shown[:] = True
-    sides = []
-    for axis in range(3):
-        hits = np.flatnonzero(shown.any(axis=tuple(a for a in range(3) if a != axis)))
-        sides.append(slice(max(hits[0] - 2, 0), hits[-1] + 3))
-    return sides[0], sides[1], sides[2]
+    return box_around(shown, 2)
 
 
 def _slices(volume: np.ndarray, cuts: Cuts) -> list[list[np.ndarray]]:
