@@ -28,6 +28,7 @@ class Scan:
     subject: str
     session: str | None
     skull_stripped: bool | None  # what its sidecar says, if it says anything
+    slice_thickness: float | None = None  # mm, likewise
 
     @property
     def label(self) -> str:
@@ -93,12 +94,15 @@ def _as_scan(file: Any) -> Scan | None:
     if derived:
         LOGGER.warning("ignored %s: %s- marks it as processed, not acquired", path, derived[0])
         return None
-    stripped = file.get_metadata().get("SkullStripped")
+    metadata = file.get_metadata()
+    stripped, thickness = (metadata.get(key) for key in ("SkullStripped", "SliceThickness"))
+    is_number = isinstance(thickness, int | float) and not isinstance(thickness, bool)
     return Scan(
         path=path,
         subject=entities["sub"],
         session=entities.get("ses"),
         skull_stripped=stripped if isinstance(stripped, bool) else None,
+        slice_thickness=float(thickness) if is_number and thickness > 0 else None,
     )
 
 

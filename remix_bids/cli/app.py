@@ -118,7 +118,7 @@ def check(config: RunConfig) -> Job:
     complaints = run_validator(config)
     if complaints:
         LOGGER.warning("bids-validator-deno has complaints; going on:\n%s\n", complaints)
-    template = find_template(config.output_spaces, offline=config.offline)
+    template = find_template(config.space, offline=config.offline)
     registry = load_registry(config.experts_dir)
     records = list(registry) if config.expert == "auto" else [registry[config.expert]]
     for record in records:

@@ -15,20 +15,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.ndimage import maximum_filter, uniform_filter
+from scipy.ndimage import map_coordinates, maximum_filter, uniform_filter
 from torch import Tensor
 
 from remix_bids.evaluation.methods import back_project
 from remix_bids.qc.mosaic import box_around
 from remix_bids.simulation.acquisition import Acquisition, slice_axis
 from remix_bids.simulation.degrade import acquire, restore_grid
-from remix_bids.spatial import WORKING_GRID, Grid, index_map, resample
+from remix_bids.spatial import (
+    WORKING_GRID,
+    Grid,
+    coverage,
+    index_map,
+    resample,
+    voxel_indices,
+)
 
 WINDOW = 10.0
 """Side of the cube (mm) in which disagreement is averaged."""
 
 NOISE_FLOOR = 0.01
-"""Noise is never taken below this part of the brain's intensity: no model of a scanner is better."""
+"""Of the brain's intensity; noise is never taken below it: no model of a scanner is better."""
 
 LIMIT = 4.0
 """Reduced chi-square above which a window disagrees: errors of twice the noise."""
@@ -139,9 +146,7 @@ def predict(image: np.ndarray, covered: np.ndarray, acquisition: Acquisition) ->
     return np.where(reach >= _SEEN, seen, np.nan).astype(np.float32)
 
 
-def to_native(
-    mask: np.ndarray, acquisition: Acquisition, grid: Grid = WORKING_GRID
-) -> np.ndarray:
+def to_native(mask: np.ndarray, acquisition: Acquisition, grid: Grid = WORKING_GRID) -> np.ndarray:
     """A mask of the working grid on the native grid, bool."""
     mapping = index_map(acquisition.grid, grid, np.linalg.inv(acquisition.world))
     native = resample(_tensor(mask), mapping, acquisition.grid.shape, "linear").numpy() > 0.5
@@ -330,6 +335,34 @@ def largest_places(
         if len(chosen) == n:
             break
     return [(int(i), int(j), int(k)) for i, j, k in chosen]
+
+
+def thick_slices(
+    native: np.ndarray, source: Grid, mapping: np.ndarray, shape: tuple[int, int, int]
+) -> np.ndarray:
+    """A scan as it was acquired: slices as thick as they are, for looking at.
+
+    Parameters
+    ----------
+    native : (x, y, z) array
+        On ``source``.
+    source : Grid
+    mapping : (4, 4) array
+        Index of the output to index of ``source``.
+    shape : tuple of int
+        Output.
+
+    Returns
+    -------
+    float32 array of ``shape``
+        Nearest slice, linear within the slice; 0 outside the field of view.
+    """
+    index = voxel_indices(mapping, shape, torch.empty(0))
+    axis = slice_axis(source)
+    index[axis] = index[axis].round().clamp(0, source.shape[axis] - 1)
+    out = np.empty(shape, dtype=np.float32)
+    map_coordinates(native.astype(np.float32), index.numpy(), out, order=1, mode="nearest")
+    return out * coverage(mapping, source.shape, shape).numpy()
 
 
 def _tensor(values: np.ndarray) -> Tensor:
