@@ -26,6 +26,7 @@ from remix_bids.qc import mosaic
 
 NOTICE = '<p class="notice"><b>Not for diagnostic use.</b> The output is an estimate.</p>\n'
 DIFFERENCE_SCALE = 0.2  # of the intensity window; the same for all scans
+RIM = 5  # voxels
 CHI2_SCALE = (1.0, 16.0)  # up to the noise; four times the noise
 
 
@@ -111,7 +112,7 @@ class PlotDifference(SimpleInterface):
     output_spec = _PlotDifferenceOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
-        from scipy.ndimage import uniform_filter
+        from scipy.ndimage import binary_erosion, uniform_filter
 
         from remix_bids.qc.consistency import WINDOW, largest_places
         from remix_bids.spatial import WORKING_GRID
@@ -125,8 +126,10 @@ class PlotDifference(SimpleInterface):
         text = mosaic.painted(before, difference, seen, palette, f"{title} of the window")
         (folder / "difference.svg").write_text(text)
 
-        local = np.sqrt(uniform_filter((difference * seen) ** 2, round(WINDOW)))
-        places = largest_places(local, seen)
+        local = np.sqrt(uniform_filter((difference * seen) ** 2, round(WINDOW)).clip(min=0))
+        # The skull lies near the template's border, and is not what a reader looks for.
+        inner = binary_erosion(seen, iterations=RIM)
+        places = largest_places(local, inner if inner.any() else seen)
         titles = []
         for i, place in enumerate(places, 1):
             x, y, z = (WORKING_GRID.affine @ (*place, 1))[:3]

@@ -17,7 +17,7 @@ QUALITY = 88  # of the JPEG: artefacts stay invisible, a page stays small
 TITLE = 22  # pixels of a panel's title line
 
 _STYLE = """
-text{font:13px sans-serif;fill:#fff}
+text{font:13px sans-serif;fill:#fff;stroke:#000;stroke-width:3;paint-order:stroke}
 .edge{fill:none;stroke-width:1.1;stroke-linejoin:round}
 .flip,.over{visibility:hidden}
 svg:hover .over{visibility:visible}
@@ -136,7 +136,7 @@ class Palette:
         warm = _WARM[0] * (1 - strength) + _WARM[1] * strength
         cold = _COLD[0] * (1 - strength) + _COLD[1] * strength
         colour = np.where(values[..., None] >= 0, warm, cold)
-        opacity = np.sqrt(strength)
+        opacity = strength**0.75  # small values must show
         return grey[..., None] * (1 - opacity) + colour * opacity
 
 
