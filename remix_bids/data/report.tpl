@@ -3,6 +3,7 @@
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
 <title>{{ title }}</title>
 <style>
 body{font-family:sans-serif;margin:0 auto;max-width:1500px;padding:0 1.5em 3em;color:#222;line-height:1.45}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from nipype.interfaces.base import (
 from remix_bids.interfaces.qc import load, load_brain, load_scan
 from remix_bids.interfaces.resample import on_working_grid
 from remix_bids.qc import mosaic
+from remix_bids.qc.dictionary import qc_dictionary
 
 NOTICE = '<p class="notice"><b>Not for diagnostic use.</b> The output is an estimate.</p>\n'
 DIFFERENCE_SCALE = 0.2  # of the intensity window; the same for all scans
@@ -303,12 +302,6 @@ def consistency_html(figures: dict[str, Any]) -> str:
             "the network by the first column.</p>\n"
         )
     return text
-
-
-@lru_cache(maxsize=1)
-def qc_dictionary() -> dict[str, dict[str, str]]:
-    """Name, description, unit and better direction of every figure, in the order of reports."""
-    return json.loads(resources.files("remix_bids.data").joinpath("qc.json").read_text())
 
 
 class _SummarizeInputSpec(BaseInterfaceInputSpec):

@@ -41,20 +41,21 @@ def _opening(config: RunConfig) -> str:
     if config.bids_filter_file is not None:
         chosen = "T1-weighted (T1w) images, chosen by a filter file,"
     return (
-        f"{chosen} organised as a BIDS dataset [@bids] were super-resolved to 1 mm isotropic voxels "
-        f"with *remix-bids* {__version__}, an independent implementation of the method of REMIx "
-        f"[@remix], built on Nipype {_version('nipype')} [@nipype]. Its networks were trained on "
-        "openly licensed data, not by the authors of the method."
+        f"{chosen} organised as a BIDS dataset [@bids] were super-resolved to 1 mm isotropic "
+        f"voxels with *remix-bids* {__version__}, an independent implementation of the method of "
+        f"REMIx [@remix], built on Nipype {_version('nipype')} [@nipype]."
     )
 
 
 def _registration(config: RunConfig) -> str:
     if config.space == NILEARN_SPACE:
         template = "the skull-stripped ICBM 2009a brain that nilearn carries"
+        cited = f"[@{_template_key(config.space)}]"
     else:
-        template = f"the template {config.space}, taken from TemplateFlow [@templateflow]"
+        template = f"the template {config.space}, taken from TemplateFlow"
+        cited = f"[@templateflow; @{_template_key(config.space)}]"
     return (
-        f"Each image was registered to {template} [@{_template_key(config.space)}] by an affine "
+        f"Each image was registered to {template} {cited} by an affine "
         f"transform with ANTs (antspyx {_version('antspyx')}) [@ants; @antsx], from several starts "
         f"(random seed {config.random_seed}), and brought to a grid of 181 x 217 x 181 voxels of "
         "1 mm by one cubic B-spline interpolation."
@@ -73,7 +74,9 @@ def _network(config: RunConfig) -> str:
             "one of seven expert networks, selected by its effective voxel volume (the product of "
             "the voxel sizes, each counted as at least 1 mm),"
         )
-    own = " The networks were not those shipped with remix-bids." if config.experts_dir else ""
+    own = " The networks were trained on openly licensed data, not by the authors of the method."
+    if config.experts_dir is not None:
+        own = " The networks were not those shipped with remix-bids."
     copy = ""
     if config.expert == "auto":
         copy = " Images with all voxel sides up to 1.05 mm were resampled only."
@@ -100,9 +103,9 @@ def _spaces(config: RunConfig) -> str:
 
 def _quality(config: RunConfig) -> str:
     text = (
-        "The output was taken back through the scan's own acquisition (slice thickness, spacing and "
-        "orientation) and held against the acquired voxels in units of the noise; sharpness, noise, "
-        "contrast and the anisotropy of resolution were measured before and after."
+        "The output was taken back through the scan's own acquisition (slice thickness, spacing "
+        "and orientation) and held against the acquired voxels in units of the noise; sharpness, "
+        "noise, contrast and the anisotropy of resolution were measured before and after."
     )
     if config.leave_slices_out:
         text += (
