@@ -18,7 +18,7 @@ object{display:block;width:100%;border:0}
 table{border-collapse:collapse}
 th,td{text-align:left;padding:.2em 1em .2em 0;border-bottom:1px solid #eee;vertical-align:top}
 th{font-weight:normal;color:#666}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto}.wide th{min-width:8em}
 .notice{background:#eef3fb;border-left:4px solid #47a;padding:.6em}
 pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:.85em}
 small,.caption{color:#666}
