@@ -3,8 +3,8 @@
     python benchmarks/quality.py TEST --out docs/evidence/consistency
 
 ``TEST`` is what ``remix-experts prepare EXTERNAL_TEST TEST --test`` has written: high-resolution
-persons on the working grid. Each is taken through a held-out acquisition with Rician noise; then the
-truth, cubic interpolation, the expert, a wrong expert and outputs with a planted error are held
+persons on the working grid. Each is taken through a held-out acquisition with Rician noise; then
+the truth, cubic interpolation, the expert, a wrong expert and outputs with a planted error are held
 against the simulated scan. ``--enforce`` measures instead what the consistency step does to PSNR.
 """
 
@@ -62,7 +62,7 @@ def sphere(place: np.ndarray, shape: tuple[int, ...], radius: float) -> np.ndarr
 def planted(expert: np.ndarray, brain: np.ndarray, normal: int) -> Iterator[tuple]:
     """Outputs with one error each: name, image, place."""
     inner = eroded(torch.from_numpy(brain), 15).numpy()
-    centre = np.argwhere(inner).mean(axis=0) + (25, 0, 10)
+    centre = np.argwhere(inner).mean(axis=0) + np.array([25, 0, 10])
     flat = centre.round().astype(int)
     bump = expert.copy()
     bump[sphere(flat, expert.shape, RADIUS)] *= 1.2
@@ -197,7 +197,8 @@ def table_of_steps(rows: list[dict]) -> str:
         worst = min(row["gain"] for row in own)
         lines.append(
             f"| {klass} | {noise:.0%} | {len(own)} | {mean(own, 'expert')} | "
-            f"{mean(own, 'enforced')} | {mean(own, 'gain')} | {worst:.2f} | {mean(own, 'steps', 1)} |"
+            f"{mean(own, 'enforced')} | {mean(own, 'gain')} | {worst:.2f} | "
+            f"{mean(own, 'steps', 1)} |"
         )
     return "\n".join(lines)
 
@@ -223,7 +224,8 @@ def main() -> None:
                 rows += work(person, index, klass, noise, experts)
                 print(person.name, klass, noise, flush=True)
     git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    done = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S603
+    commit = done.stdout.strip()
     names = ", ".join(person.name for person in persons)
     command = f"python benchmarks/quality.py TEST --out {given.out}"
     command += " --enforce" if given.enforce else ""
@@ -231,8 +233,8 @@ def main() -> None:
     command += f" --noise {' '.join(map(str, given.noise))}"
     title = "The consistency step and PSNR" if given.enforce else "Does the consistency check tell?"
     text = (
-        f"# {title}\n\n`{command}` at commit {commit or 'unknown'}, {date.today()}; every row is in "
-        f"`{given.out.name}.tsv`. Persons: {names}.\n\n"
+        f"# {title}\n\n`{command}` at commit {commit or 'unknown'}, {date.today()}; every row is "
+        f"in `{given.out.name}.tsv`. Persons: {names}.\n\n"
     )
     text += (table_of_steps if given.enforce else table_of_outputs)(rows) + "\n"
     given.out.with_suffix(".md").write_text(text)

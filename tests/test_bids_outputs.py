@@ -290,6 +290,9 @@ def write_example(out: Path, tmp_path: Path, source: str) -> None:
     shutil.copy(describe(tmp_path), out / names.sidecar)
     (out / names.forward_transform).write_text("#Insight Transform File V1.0\n")
     (out / names.inverse_transform).write_text("#Insight Transform File V1.0\n")
+    shutil.copy(out / names.image, out / names.native_image)
+    shutil.copy(out / names.sidecar, out / names.native_sidecar)
+    (out / names.qc).write_text("{}")
     content = json.loads((out / names.sidecar).read_text())
     (out / names.summary).write_text(summary_html(source, content))
     ball = np.linalg.norm(np.indices((20, 24, 20)).T - (10, 12, 10), axis=-1).T < 7
