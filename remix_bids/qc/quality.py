@@ -46,8 +46,8 @@ def find_tissues(image: np.ndarray, brain: np.ndarray) -> Tissues | None:
     Returns
     -------
     Tissues or None
-        None where the classes cannot be told: too few voxels of one, or white and grey matter
-        nearer to each other than twice their spread.
+        None where the classes cannot be told: too few voxels of one, no coherent grey or white
+        matter, or the two nearer to each other than the sum of their spreads.
     """
     limits = _thresholds(image, brain)
     if limits is None:
@@ -63,9 +63,10 @@ def find_tissues(image: np.ndarray, brain: np.ndarray) -> Tissues | None:
         return None
     if np.median(white) - np.median(grey) < grey.std() + white.std():
         return None
-    cores = [binary_erosion(c) for c in classes]
-    pairs = zip(cores, classes, strict=True)
-    return Tissues(*(core if core.sum() >= FEWEST else whole for core, whole in pairs))
+    csf_core, grey_core, white_core = (binary_erosion(c) for c in classes)
+    if min(grey_core.sum(), white_core.sum()) < FEWEST:  # scattered voxels are no tissue
+        return None
+    return Tissues(csf_core if csf_core.sum() >= FEWEST else classes[0], grey_core, white_core)
 
 
 def _thresholds(image: np.ndarray, brain: np.ndarray) -> tuple[float, float, float] | None:
