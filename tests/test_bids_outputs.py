@@ -304,7 +304,13 @@ def test_outputs_pass_the_validator(tmp_path):
     bids, out = tmp_path / "bids", tmp_path / "out"
     bids.mkdir()
     write_dataset_files(out, bids)
-    for source in ("sub-01_ses-a_acq-ax_run-01_T1w.nii.gz", "sub-01_ses-a_echo-1_part-mag_T1w.nii"):
+    sources = [
+        f"sub-01_ses-{ses}_acq-{acq}_run-{run}_T1w.nii.gz"
+        for ses in "ab"
+        for acq in ("ax", "cor")
+        for run in (1, 2)
+    ]
+    for source in (*sources, "sub-01_ses-a_echo-1_part-mag_T1w.nii"):
         write_example(out, tmp_path, source)
     (out / "sub-01/log/run").mkdir(parents=True)
     (out / "sub-01/log/run/remix_bids.toml").write_text("")
