@@ -38,7 +38,7 @@ def test_native_image_keeps_world_and_codes(tmp_path, codes):
     affine = GEOMETRY.copy()
     affine[:3, :3] = np.diag([-4.0, 4.0, 6.0])
     affine[:3, 3] = (90, -110, -80)
-    scan = save_image(tmp_path / "scan.nii", affine=affine)
+    scan = save_image(tmp_path / "scan.nii.gz", affine=affine)
     image = nb.load(scan)
     image.set_sform(affine, codes[0])
     image.set_qform(affine, codes[1])
@@ -79,7 +79,7 @@ def test_native_sidecar(tmp_path):
 @pytest.mark.parametrize("n", [27, 28])
 def test_every_second_slice_stays_in_its_place(tmp_path, n):
     data = np.random.default_rng(0).random((20, 22, n)).astype(np.float32)
-    scan = save_image(tmp_path / "scan.nii", data)
+    scan = save_image(tmp_path / "scan.nii.gz", data)
     kept = nb.load(outputs(DropSlices(in_file=str(scan)), tmp_path / "node").out_file)
     assert kept.shape == (20, 22, 14)
     np.testing.assert_array_equal(kept.get_fdata(dtype=np.float32), data[:, :, ::2])
@@ -87,7 +87,7 @@ def test_every_second_slice_stays_in_its_place(tmp_path, n):
 
 
 def test_header_findings(tmp_path):
-    scan = save_image(tmp_path / "scan.nii")
+    scan = save_image(tmp_path / "scan.nii.gz")
     image = nb.load(scan)
     image.set_sform(GEOMETRY, 1)
     image.set_qform(GEOMETRY, 1)

@@ -209,7 +209,9 @@ class MeasureQuality(SimpleInterface):
                 image, brain, axes, slice_axis(acquisition.grid), tissues, determinant
             )
             figures |= {f"{key}_{name}": value for key, value in measured.items()}
-        figures["residual_energy"] = quality.residual_energy(*images.values(), brain)
+        figures["residual_energy"] = quality.residual_energy(
+            images["before"], images["after"], brain
+        )
         path = Path(runtime.cwd) / "quality.json"
         self._results["out_file"] = write_json(path, figures)
         return runtime

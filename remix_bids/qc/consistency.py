@@ -253,13 +253,14 @@ def unknowable(
     offset = np.eye(4)
     offset[:3, 3] = [side.start for side in box]
     inside = _tensor(covered[box])
-    grid = Grid(inside.shape, WORKING_GRID.affine @ offset)
-    x = _tensor(image[box]) * inside
-    seen = acquire(x, acquisition, grid)
+    x, y, z = inside.shape
+    grid = Grid((x, y, z), WORKING_GRID.affine @ offset)
+    part = _tensor(image[box]) * inside
+    seen = acquire(part, acquisition, grid)
     start = restore_grid(seen, acquisition.grid, acquisition.world, grid).image * inside
     steps = back_project(seen, acquisition, grid, start, iterations, 1.0)
     out = np.zeros(image.shape, dtype=np.float32)
-    out[box] = ((x - deque(steps, maxlen=1).pop()) * inside).numpy()
+    out[box] = ((part - deque(steps, maxlen=1).pop()) * inside).numpy()
     return out * (where & covered)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote
 
 from remix_bids import __version__
@@ -123,7 +123,7 @@ def flag(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return reasons
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
