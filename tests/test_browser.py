@@ -102,7 +102,23 @@ def hover(browser, element):
     from selenium.webdriver import ActionChains
 
     ActionChains(browser).move_to_element(element).perform()
-    time.sleep(0.4)
+
+
+def becomes(element, condition):
+    """Whether a screenshot of an element comes to fulfil a condition."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        if condition(element.screenshot_as_png):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def at_rest(element):
+    """A screenshot of an element once two in a row are the same."""
+    seen = [element.screenshot_as_png]
+    assert becomes(element, lambda now: seen[-1] == now or seen.append(now)), "it never rests"
+    return seen[-1]
 
 
 def test_reports_are_quiet_and_hover(browser, made_here):
@@ -115,12 +131,12 @@ def test_reports_are_quiet_and_hover(browser, made_here):
         for figure in shown:
             browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure)
             hover(browser, browser.find_element("css selector", "nav a"))
-            before = figure.screenshot_as_png
+            before = at_rest(figure)
             hover(browser, figure)
-            after = figure.screenshot_as_png
-            assert before != after, f"{page}: pointing at the figure changes nothing"
+            changed = becomes(figure, before.__ne__)
+            assert changed, f"{page}: pointing at the figure changes nothing"
             hover(browser, browser.find_element("css selector", "nav a"))
-            assert figure.screenshot_as_png == before, f"{page}: it does not come back"
+            assert becomes(figure, before.__eq__), f"{page}: it does not come back"
         assert heading.text.startswith("remix-bids report")
         assert_quiet(browser, page)
 
