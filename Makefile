@@ -13,13 +13,14 @@ ARGS ?=
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-data lint clean
+.PHONY: help venv demo test test-data test-browser lint clean
 
 help:
 	@echo "make demo                      a simulated thick-slice scan, with figures of merit (no data needed)"
 	@echo "make demo BIDS=/data OUT=/out  your own BIDS dataset (more options of remix-bids: ARGS='...')"
 	@echo "make test                      ruff, mypy and all tests that need no data"
 	@echo "make test-data DATA=DIR        the app on real scans"
+	@echo "make test-browser              reports in a real browser (needs chromium and chromedriver)"
 	@echo "make lint                      ruff and mypy only"
 	@echo "make venv                      only set up $(VENV)"
 	@echo "make clean                     remove what make and the demo have made"
@@ -57,11 +58,16 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not data" --durations=5
+	$(BIN)/python -m pytest -m "not data and not browser" --durations=5
 
 test-data: $(READY)
 	@test -d "$(DATA)/clinical" || { echo "$(DATA) holds no clinical/; name the folder of the real sets: make test-data DATA=..."; exit 2; }
 	REMIX_BIDS_TEST_DATA="$(DATA)" $(BIN)/python -m pytest -m data tests/test_data.py --durations=5
+
+# Reports of real scans, too, with PAGES=DIR: an output folder of remix-bids.
+PAGES ?=
+test-browser: $(READY)
+	REMIX_BIDS_TEST_PAGES="$(PAGES)" $(BIN)/python -m pytest -m browser tests/test_browser.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ from remix_bids import __version__
 from remix_bids.errors import UsageError
 
 DEFAULT_SPACE = "MNI152Lin"
+NATIVE = "T1w"  # the space of the scan itself, as other NiPreps call it
 DEFAULT_SEED = 20260  # any fixed number will do; it is recorded in every sidecar
 
 
@@ -33,7 +34,9 @@ class RunConfig:
     skip_bids_validation: bool = False
     offline: bool = False
     # how
-    output_spaces: str = DEFAULT_SPACE
+    output_spaces: tuple[str, ...] = (DEFAULT_SPACE,)
+    enforce_consistency: bool = False
+    leave_slices_out: bool = False
     expert: str = "auto"
     gate: str = "effective"
     experts_dir: Path | None = None
@@ -54,9 +57,16 @@ class RunConfig:
     resource_monitor: bool = False
     stop_on_first_crash: bool = False
     dry_run: bool = False
+    reports_only: bool = False
+    boilerplate_only: bool = False
     notrack: bool = False
     verbose: int = 0
     run_uuid: str = ""
+
+    @property
+    def space(self) -> str:
+        """The MNI space to register to: the one asked for, or the default."""
+        return next((name for name in self.output_spaces if name != NATIVE), DEFAULT_SPACE)
 
     def with_(self, **changes: Any) -> RunConfig:
         """A copy with some settings changed."""

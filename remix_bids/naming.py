@@ -58,15 +58,26 @@ def join_name(entities: dict[str, str], suffix: str, extension: str) -> str:
 
 @dataclass(frozen=True)
 class OutputNames:
-    """Paths, below the output folder, of all that one scan yields."""
+    """Paths, below the output folder, of all that one scan can yield."""
 
     image: Path
     sidecar: Path
     forward_transform: Path
     inverse_transform: Path
+    native_image: Path
+    native_sidecar: Path
+    qc: Path
     summary: Path
+    header: Path
     registration: Path
     enhancement: Path
+    difference: Path
+    changes: Path
+    consistency: Path
+    consistency_map: Path
+    unknowable: Path
+    quality: Path
+    native: Path
 
     def all(self) -> list[Path]:
         """Every path."""
@@ -100,9 +111,20 @@ def output_names(source: Path | str, space: str) -> OutputNames:
         sidecar=anat / name(suffix, ".json", **image),
         forward_transform=anat / name("xfm", ".txt", **forward),
         inverse_transform=anat / name("xfm", ".txt", **inverse),
+        native_image=anat / name(suffix, ".nii.gz", desc="remix"),
+        native_sidecar=anat / name(suffix, ".json", desc="remix"),
+        qc=anat / name("qc", ".json", desc="remix"),
         summary=figures / name(suffix, ".html", desc="summary"),
+        header=figures / name(suffix, ".html", desc="header"),
         registration=figures / name(suffix, ".svg", desc="registration"),
         enhancement=figures / name(suffix, ".svg", desc="enhancement"),
+        difference=figures / name(suffix, ".svg", desc="difference"),
+        changes=figures / name(suffix, ".svg", desc="changes"),
+        consistency=figures / name(suffix, ".html", desc="consistency"),
+        consistency_map=figures / name(suffix, ".svg", desc="consistencymap"),
+        unknowable=figures / name(suffix, ".svg", desc="unknowable"),
+        quality=figures / name(suffix, ".html", desc="quality"),
+        native=figures / name(suffix, ".svg", desc="native"),
     )
 
 

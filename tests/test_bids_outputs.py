@@ -290,6 +290,9 @@ def write_example(out: Path, tmp_path: Path, source: str) -> None:
     shutil.copy(describe(tmp_path), out / names.sidecar)
     (out / names.forward_transform).write_text("#Insight Transform File V1.0\n")
     (out / names.inverse_transform).write_text("#Insight Transform File V1.0\n")
+    shutil.copy(out / names.image, out / names.native_image)
+    shutil.copy(out / names.sidecar, out / names.native_sidecar)
+    (out / names.qc).write_text("{}")
     content = json.loads((out / names.sidecar).read_text())
     (out / names.summary).write_text(summary_html(source, content))
     ball = np.linalg.norm(np.indices((20, 24, 20)).T - (10, 12, 10), axis=-1).T < 7
@@ -301,7 +304,13 @@ def test_outputs_pass_the_validator(tmp_path):
     bids, out = tmp_path / "bids", tmp_path / "out"
     bids.mkdir()
     write_dataset_files(out, bids)
-    for source in ("sub-01_ses-a_acq-ax_run-01_T1w.nii.gz", "sub-01_ses-a_echo-1_part-mag_T1w.nii"):
+    sources = [
+        f"sub-01_ses-{ses}_acq-{acq}_run-{run}_T1w.nii.gz"
+        for ses in "ab"
+        for acq in ("ax", "cor")
+        for run in (1, 2)
+    ]
+    for source in (*sources, "sub-01_ses-a_echo-1_part-mag_T1w.nii"):
         write_example(out, tmp_path, source)
     (out / "sub-01/log/run").mkdir(parents=True)
     (out / "sub-01/log/run/remix_bids.toml").write_text("")

@@ -128,10 +128,10 @@ def test_memory_options_agree(parse):
         (["--nprocs", "0"], "at least 1"),
         (["--device", "tpu"], "cuda"),
         (["--expert", "8"], "general"),
-        (["--output-spaces", "T1w"], "MNI152Lin"),
+        (["--output-spaces", "T2w"], "MNI152Lin"),
         (["--output-spaces", "MNI152Lin:res-2"], "1 mm"),
         (["--bids-filter-file", "/nowhere.json"], "no file"),
-        (["--reports-only"], "unrecognized"),
+        (["--reports"], "unrecognized"),
     ],
 )
 def test_wrong_syntax(parse, capsys, options, hint):
@@ -142,9 +142,23 @@ def test_wrong_syntax(parse, capsys, options, hint):
 
 
 def test_two_spaces(parse):
-    with pytest.raises(UsageError, match="one space per run"):
+    with pytest.raises(UsageError, match="one MNI space per run"):
         parse("--output-spaces", "MNI152Lin", "MNI152NLin6Asym")
-    assert parse("--output-spaces", "MNI152Lin:res-1", "MNI152Lin").output_spaces == "MNI152Lin"
+    assert parse("--output-spaces", "MNI152Lin:res-1", "MNI152Lin").space == "MNI152Lin"
+    both = parse("--output-spaces", "T1w", "MNI152NLin6Asym")
+    assert both.output_spaces == ("MNI152NLin6Asym", "T1w")
+    assert both.space == "MNI152NLin6Asym"
+    native = parse("--output-spaces", "T1w")
+    assert (native.output_spaces, native.space) == (("T1w",), "MNI152Lin")
+
+
+def test_spaces_from_a_configuration_file(parse, tmp_path):
+    file = tmp_path / "earlier.toml"
+    file.write_text(parse("--output-spaces", "T1w", "MNI152Lin").to_toml())
+    assert parse("--config-file", file).output_spaces == ("MNI152Lin", "T1w")
+    file.write_text('output_spaces = ["T1w", "T2w"]')
+    with pytest.raises(UsageError, match="T2w"):
+        parse("--config-file", file)
 
 
 def test_config_file_gives_way_to_the_command_line(parse, tmp_path):
@@ -427,4 +441,4 @@ def test_cuda_that_is_not_there(parse):
 
 def test_defaults_are_the_documented_ones():
     config = RunConfig(Path("a"), Path("b"))
-    assert (config.output_spaces, config.expert, config.gate) == ("MNI152Lin", "auto", "effective")
+    assert (config.space, config.expert, config.gate) == ("MNI152Lin", "auto", "effective")

@@ -40,6 +40,7 @@ def clinical(data, tmp_path_factory):
     done = run(
         "remix-bids",
         *(data / "clinical", folder / "out", "participant", "-w", folder / "work", "--offline"),
+        *("--output-spaces", "MNI152Lin", "T1w"),
         TEMPLATEFLOW_HOME=data / "templateflow",
     )
     assert done.returncode == 0
@@ -49,7 +50,7 @@ def clinical(data, tmp_path_factory):
 
 
 def test_outputs_are_on_the_working_grid(clinical):
-    images = sorted(clinical.rglob("*_desc-remix_T1w.nii.gz"))
+    images = sorted(clinical.rglob("*_space-MNI152Lin_res-1_desc-remix_T1w.nii.gz"))
     assert len(images) == N_SCANS
     for path in images:
         image = nb.load(path)
@@ -70,6 +71,23 @@ def test_affines_keep_the_size_of_heads(clinical):
 
 def test_every_person_has_a_report(clinical):
     assert len(list(clinical.glob("sub-*.html"))) == 6
+
+
+def test_native_images_overlay_the_scans(data, clinical):
+    """Taken to the acquired voxels, the native output is the scan but for what was added."""
+    from nibabel.processing import resample_from_to
+
+    scans = sorted((data / "clinical").rglob("*_T1w.nii.gz"))
+    assert len(scans) == N_SCANS
+    for path in scans:
+        scan = nb.load(path)
+        name = path.name.replace("_T1w", "_desc-remix_T1w")
+        native = nb.load(next(clinical.rglob(name)))
+        matrix = native.affine[:3, :3]
+        np.testing.assert_allclose(matrix.T @ matrix, np.eye(3), atol=1e-3)
+        seen = resample_from_to(native, (scan.shape[:3], scan.affine), order=1).get_fdata()
+        truth = scan.get_fdata().reshape(seen.shape)
+        assert np.corrcoef(seen.ravel(), truth.ravel())[0, 1] > 0.97, name
 
 
 def test_output_is_valid(clinical):

@@ -121,9 +121,27 @@ def test_compare_prints_the_figures_and_the_report(first):
 
 def test_report(first):
     page = (first.out / "sub-demo.html").read_text()
-    for figure in (first.names.registration, first.names.enhancement):
+    for figure in (
+        *(first.names.registration, first.names.enhancement, first.names.difference),
+        *(first.names.changes, first.names.consistency_map, first.names.unknowable),
+    ):
         assert (first.out / figure).is_file()
         assert figure.name in page
+
+
+def test_figures_of_quality(first):
+    """On a simulated scan without noise the brain is known, and so is what to expect."""
+    found = json.loads((first.out / first.names.qc).read_text())
+    assert found["bids_name"] == "sub-demo_T1w"
+    assert found["consistency_correlation"] > 0.98
+    assert found["anisotropy_before"] < -3  # slices of 5 mm
+    assert found["anisotropy_after"] > found["anisotropy_before"]
+    assert found["sharpness_after"] > found["sharpness_before"]
+    assert found["residual_energy"] > 0.1
+    assert (first.out / "logs/CITATION.bib").is_file()
+    done = run("remix-bids", first.folder / "bids", first.out, "group")
+    assert done.returncode == 0
+    assert (first.out / "group_T1w.html").is_file()
 
 
 def test_output_is_valid(first):

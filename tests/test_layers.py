@@ -13,7 +13,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "remix_bids"
 
-SCIENCE = ("spatial", "simulation", "registration", "experts", "training", "evaluation", "qc")
+SCIENCE = (
+    "spatial",
+    "native",
+    "simulation",
+    "registration",
+    "experts",
+    "training",
+    "evaluation",
+    "qc",
+)
 PIPELINES_AND_BIDS = {"nipype", "niworkflows", "nireports", "bids", "templateflow"}
 HEAVY = {"torch", "ants"}
 # What a run needs in its parent process: to say --help, to build the graph, to run and to report.

@@ -1,5 +1,7 @@
 """Graphs built from BIDS skeletons, without data: one branch per scan, nothing crosses."""
 
+from pathlib import Path
+
 import pytest
 from nipype import IdentityInterface
 
@@ -22,6 +24,7 @@ SKELETONS = {
 }
 # The way of one T1w image: DESIGN section 3.
 STEPS = ["validate", "register", "to_mni", "select_expert", "enhance", "describe"]
+STEPS += ["check_header", "consistency", "quality", "collect"]
 ARROWS = [
     ("validate", "register"),
     ("register", "to_mni"),
@@ -29,6 +32,9 @@ ARROWS = [
     ("select_expert", "enhance"),
     ("enhance", "derivatives_wf"),
     ("enhance", "figures_wf"),
+    ("enhance", "consistency"),
+    ("enhance", "quality"),
+    ("collect", "derivatives_wf"),
 ]
 
 
@@ -64,16 +70,72 @@ def test_one_complete_branch_per_scan(tmp_path, names):
     for subject, scan in branches:
         steps = {name.split(".")[2] for name in nodes if name.startswith(f"{subject}.{scan}.")}
         assert steps == {*STEPS, "derivatives_wf", "figures_wf"}
-    # Nothing is written twice, and every scan writes seven files.
+    # Nothing is written twice: image, sidecar, two transforms, figures of quality, ten reportlets.
     targets = [
         n.inputs.out_path for n in nodes.values() if isinstance(n.interface, DerivativesSink)
     ]
-    assert len(targets) == len(set(targets)) == 7 * len(names)
+    assert len(targets) == len(set(targets)) == 15 * len(names)
     # The expanded graph has as many connected parts as there are scans: nothing crosses.
     import networkx as nx
 
     graph = workflow._create_flat_graph()
     assert nx.number_weakly_connected_components(graph) == len(names)
+
+
+def names_of(workflow):
+    return {
+        Path(node.inputs.out_path).name
+        for node in real_nodes(workflow).values()
+        if isinstance(node.interface, DerivativesSink)
+    }
+
+
+def test_native_space(tmp_path):
+    native, standard = "sub-01_desc-remix_T1w", "sub-01_space-MNI152Lin_res-1_desc-remix_T1w"
+    both, _, _ = build(tmp_path, SKELETONS["plain"], output_spaces=("MNI152Lin", "T1w"))
+    expected = {f"{stem}{end}" for stem in (native, standard) for end in (".nii.gz", ".json")}
+    assert expected <= names_of(both)
+    assert "sub-01_desc-native_T1w.svg" in names_of(both)
+    alone, _, _ = build(tmp_path, SKELETONS["plain"], output_spaces=("T1w",))
+    assert names_of(both) - names_of(alone) == {f"{standard}.nii.gz", f"{standard}.json"}
+    alone, _, _ = build(tmp_path, SKELETONS["plain"])
+    assert not {name for name in names_of(alone) if name.startswith(native)}
+
+
+def test_consistency_is_checked_before_it_is_enforced(tmp_path):
+    workflow, _, _ = build(tmp_path, SKELETONS["plain"], enforce_consistency=True)
+    scan_wf = workflow.get_node("sub_01_wf.sub_01_T1w_wf")
+    edges = {
+        (a.name, b.name, target)
+        for a, b, data in scan_wf._graph.edges(data=True)
+        for _, target in data["connect"]
+    }
+    assert ("enhance", "consistency", "enhanced") in edges
+    assert ("enforce_consistency", "consistency", "enforced") in edges
+    # What is written and shown is the enforced image, and nothing else.
+    assert ("enforce_consistency", "derivatives_wf", "inputnode.image") in edges
+    assert ("enforce_consistency", "figures_wf", "inputnode.enhanced") in edges
+    assert ("enforce_consistency", "quality", "after") in edges
+    assert not {edge for edge in edges if edge[:2] == ("enhance", "derivatives_wf")}
+
+
+def test_leaving_slices_out_is_a_way_of_its_own(tmp_path):
+    plain, _, _ = build(tmp_path, SKELETONS["plain"])
+    workflow, _, _ = build(tmp_path, SKELETONS["plain"], leave_slices_out=True)
+    more = set(real_nodes(workflow)) - set(real_nodes(plain))
+    assert {name.split(".", 2)[2] for name in more} == {
+        f"leave_out_wf.{name}" for name in ("drop", "to_mni", "select_expert", "enhance", "compare")
+    }
+    assert names_of(workflow) == names_of(plain)
+
+
+def test_slice_thickness_of_the_sidecar_is_used(tmp_path):
+    bids = make_dataset(tmp_path / "bids", SKELETONS["plain"])
+    (bids / "sub-01/anat/sub-01_T1w.json").write_text('{"SliceThickness": 4.5}')
+    workflow, scans, _ = build(tmp_path, SKELETONS["plain"])
+    assert scans[0].slice_thickness == 4.5
+    node = workflow.get_node("sub_01_wf.sub_01_T1w_wf.consistency")
+    assert node.inputs.thickness == 4.5
 
 
 def test_reads_like_the_design(tmp_path):

@@ -71,6 +71,9 @@ def run(argv: Sequence[str]) -> int:
         return error.exit_code
     start_logging(config)
     try:
+        other = without_scans(config)
+        if other is not None:
+            return other
         job = check(config)
         if job.config.dry_run:
             return describe(job)
@@ -85,6 +88,73 @@ def run(argv: Sequence[str]) -> int:
         return 130
     failed_reports = report(job, outcome)
     return conclude(outcome, failed_reports)
+
+
+def without_scans(config: RunConfig) -> int | None:
+    """Do what needs no scan: the group level, reports or methods text alone; None otherwise.
+
+    Raises
+    ------
+    RemixError
+    """
+    if config.boilerplate_only:
+        from remix_bids.reports.boilerplate import write_boilerplate
+
+        check_and_write_dataset(config)
+        print(f"methods: {write_boilerplate(config)}", flush=True)
+        return 0
+    if config.analysis_level == "group":
+        from remix_bids.derivatives import check_output_dataset
+        from remix_bids.reports.group import write_group
+
+        check_output_dataset(config.output_dir)
+        page, n_scans, n_flagged = write_group(config.output_dir, config.participant_label)
+        print(f"group report: {page}\n{n_scans} scan(s), {n_flagged} flagged", flush=True)
+        return 0
+    return rebuild_reports(config) if config.reports_only else None
+
+
+def check_and_write_dataset(config: RunConfig) -> None:
+    """Make the output folder a dataset of ours, or refuse it.
+
+    Raises
+    ------
+    UsageError
+        It holds another dataset, or cannot be written to.
+    """
+    from remix_bids.derivatives import check_output_dataset, write_dataset_files
+
+    check_output_dataset(config.output_dir)
+    try:
+        write_dataset_files(config.output_dir, config.bids_dir)
+    except OSError as error:
+        raise UsageError(f"cannot write: {error}") from error
+
+
+def rebuild_reports(config: RunConfig) -> int:
+    """Build pages anew from the figures that are there (``--reports-only``).
+
+    Raises
+    ------
+    NothingToDoError
+        No participant asked for has figures.
+    """
+    from remix_bids.derivatives import check_output_dataset
+    from remix_bids.errors import NothingToDoError
+
+    check_output_dataset(config.output_dir)
+    folders = sorted(config.output_dir.glob("sub-*/figures"))
+    subjects = [folder.parent.name.removeprefix("sub-") for folder in folders]
+    if config.participant_label:
+        subjects = [label for label in subjects if label in config.participant_label]
+    if not subjects:
+        raise NothingToDoError(
+            f"no participant asked for has figures in {config.output_dir}; run without "
+            "--reports-only first"
+        )
+    failed = build_reports(config, subjects, {})
+    print(f"{len(subjects) - len(failed)} done, {len(failed)} failed", flush=True)
+    return 1 if failed else 0
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -118,7 +188,7 @@ def check(config: RunConfig) -> Job:
     complaints = run_validator(config)
     if complaints:
         LOGGER.warning("bids-validator-deno has complaints; going on:\n%s\n", complaints)
-    template = find_template(config.output_spaces, offline=config.offline)
+    template = find_template(config.space, offline=config.offline)
     registry = load_registry(config.experts_dir)
     records = list(registry) if config.expert == "auto" else [registry[config.expert]]
     for record in records:
@@ -222,6 +292,7 @@ def work(job: Job) -> Outcome:
     from nipype import config as nipype_config
 
     from remix_bids.derivatives import write_dataset_files, write_text
+    from remix_bids.reports.boilerplate import write_boilerplate
     from remix_bids.workflows.base import ROOT, log_dir, renew_missing_outputs
     from remix_bids.workflows.run import execute
 
@@ -232,6 +303,7 @@ def work(job: Job) -> Outcome:
     try:
         config.work_dir.mkdir(parents=True, exist_ok=True)
         write_dataset_files(config.output_dir, config.bids_dir)
+        write_boilerplate(config)
         if job.complaints:
             log = config.output_dir / "logs" / f"bids-validator_{config.run_uuid}.txt"
             write_text(log, job.complaints + "\n")
@@ -258,18 +330,23 @@ def work(job: Job) -> Outcome:
 
 def report(job: Job, outcome: Outcome) -> list[str]:
     """Rebuild the page of every subject; return those that could not be built."""
-    from remix_bids.reports.individual import build_report
-
     about = {
-        "Made": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "Settings": f"log/{job.config.run_uuid}/remix_bids.toml",
         "Template": str(job.template.t1w),
         "Experts": str(job.experts_table.parent),
     }
+    return build_reports(job.config, sorted({scan.subject for scan in job.scans}), about)
+
+
+def build_reports(config: RunConfig, subjects: Sequence[str], about: dict[str, str]) -> list[str]:
+    """Build the pages of subjects; return those that could not be built."""
+    from remix_bids.reports.individual import build_report
+
+    about = {"Made": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **about}
     failed = []
-    for subject in sorted({scan.subject for scan in job.scans}):
+    for subject in subjects:
         try:
-            page = build_report(job.config.output_dir, subject, job.config.run_uuid, about)
+            page = build_report(config.output_dir, subject, config.run_uuid, about)
             LOGGER.warning("report: %s", page)
         except Exception as error:  # a page that fails must not hide the result of the run
             LOGGER.error("report of sub-%s FAILED: %s: %s", subject, type(error).__name__, error)

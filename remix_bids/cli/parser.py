@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from remix_bids import __version__
-from remix_bids.config import DEFAULT_SEED, DEFAULT_SPACE, RunConfig, read_settings
+from remix_bids.config import DEFAULT_SEED, DEFAULT_SPACE, NATIVE, RunConfig, read_settings
 from remix_bids.errors import UsageError
 from remix_bids.resources import parse_memory
 from remix_bids.templates import SPACES
@@ -75,9 +75,9 @@ def _seed(text: str) -> int:
 
 def _space(text: str) -> str:
     name = text.removesuffix(":res-1").removesuffix(":res-01")
-    if name not in SPACES:
+    if name not in (NATIVE, *SPACES):
         raise argparse.ArgumentTypeError(
-            f"unknown space {text!r}; one of {', '.join(SPACES)} (all at 1 mm)"
+            f"unknown space {text!r}; one of {NATIVE}, {', '.join(SPACES)} (all at 1 mm)"
         )
     return name
 
@@ -120,7 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("bids_dir", type=_folder, help="root folder of a valid BIDS dataset")
     parser.add_argument("output_dir", type=_path, help="folder for the results")
     parser.add_argument(
-        "analysis_level", choices=["participant"], help="stage of the analysis to run"
+        "analysis_level",
+        choices=["participant", "group"],
+        help="participant: super-resolve the images; group: gather the quality figures of all "
+        "participants in output_dir",
     )
     parser.add_argument("--version", action="version", version=f"remix-bids {__version__}")
 
@@ -167,8 +170,21 @@ def build_parser() -> argparse.ArgumentParser:
         type=_space,
         nargs="+",
         metavar="SPACE",
-        help=f"MNI space to register to (default: {DEFAULT_SPACE}); one of {', '.join(SPACES)}. "
-        "MNI152NLin2009aSym is the brain that nilearn carries, for skull-stripped scans",
+        help=f"spaces to write images in (default: {DEFAULT_SPACE}): {NATIVE} (native space, 1 mm) "
+        f"and/or the MNI space to register to, one of {', '.join(SPACES)}. MNI152NLin2009aSym is "
+        "the brain that nilearn carries, for skull-stripped scans",
+    )
+    how.add_argument(
+        "--enforce-consistency",
+        action="store_true",
+        help="after the network, make the output agree with the acquired voxels by a few steps of "
+        "back-projection",
+    )
+    how.add_argument(
+        "--leave-slices-out",
+        action="store_true",
+        help="also restore every scan from half of its slices and report how near the others "
+        "come to the truth",
     )
     how.add_argument(
         "--expert",
@@ -268,6 +284,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="say what would be done, and write no result"
     )
     run.add_argument(
+        "--reports-only",
+        action="store_true",
+        help="only build the HTML reports anew, from what earlier runs have written",
+    )
+    run.add_argument(
+        "--boilerplate-only",
+        action="store_true",
+        help="only write the methods text of these options, logs/CITATION.md and .bib",
+    )
+    run.add_argument(
         "--notrack", action="store_true", help="accepted for compatibility: nothing is ever sent"
     )
     run.add_argument("-v", "--verbose", action="count", help="say more (-v), say everything (-vv)")
@@ -297,14 +323,10 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
         if name in given:
             given[name] = tuple(given[name])
     if "output_spaces" in given:
-        spaces = sorted(set(given["output_spaces"]))
-        if len(spaces) > 1:
-            raise UsageError(
-                f"--output-spaces {' '.join(spaces)}: one space per run; run once for each, with "
-                "an output folder of its own"
-            )
-        given["output_spaces"] = spaces[0]
+        given["output_spaces"] = tuple(given["output_spaces"])
     settings.update(given)
+    if "output_spaces" in settings:
+        settings["output_spaces"] = _check_spaces(settings["output_spaces"])
     for prefix, name in (("sub-", "participant_label"), ("ses-", "session_label")):
         labels = (str(label).removeprefix(prefix) for label in settings.get(name, ()))
         settings[name] = tuple(dict.fromkeys(labels))
@@ -316,6 +338,18 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     return config
 
 
+def _check_spaces(names: Sequence[str]) -> tuple[str, ...]:
+    """Sorted, each one once; at most one of them MNI."""
+    spaces = tuple(sorted(set(names), key=lambda name: (name == NATIVE, name)))
+    standard = [name for name in spaces if name != NATIVE]
+    if len(standard) > 1 or not spaces:
+        raise UsageError(
+            f"--output-spaces {' '.join(standard)}: one MNI space per run, and {NATIVE}; run once "
+            "for each, with an output folder of its own"
+        )
+    return spaces
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     """Put values from a configuration file through the checks of their options."""
     actions = {action.dest: action for action in build_parser()._actions}
@@ -325,7 +359,9 @@ def _check_settings(settings: dict[str, Any]) -> None:
             continue
         value = settings[field.name]
         try:
-            if callable(action.type):
+            if isinstance(value, tuple) and callable(action.type):
+                settings[field.name] = tuple(action.type(item) for item in value)
+            elif callable(action.type):
                 settings[field.name] = action.type(str(value))
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"the configuration file: {field.name} {error}") from None

@@ -152,6 +152,9 @@ class _DescribeInputSpec(BaseInterfaceInputSpec):
     expert_sha256 = Str()
     device = Str(mandatory=True)
     intensity_scaling = Str(mandatory=True)
+    registration_seconds = traits.Float()
+    enhancement_seconds = traits.Float()
+    consistency_steps = traits.Int(desc="of back-projection, where they were asked for")
     validation_warnings = traits.List(Str)
     registration_warnings = traits.List(Str)
     coverage_warnings = traits.List(Str)
@@ -174,6 +177,14 @@ class Describe(SimpleInterface):
         for name in ("validation", "registration", "coverage", "expert"):
             found = getattr(given, f"{name}_warnings")
             warnings += list(found) if isdefined(found) else []
+        timings = {
+            name.capitalize(): round(getattr(given, f"{name}_seconds"), 1)
+            for name in ("registration", "enhancement")
+            if isdefined(getattr(given, f"{name}_seconds"))
+        }
+        step = None
+        if isdefined(given.consistency_steps):
+            step = f"{given.consistency_steps} step(s) of back-projection after the network"
         content = {
             **given.static,
             "SkullStripped": given.skull_stripped,
@@ -187,6 +198,8 @@ class Describe(SimpleInterface):
             "ExpertSHA256": given.expert_sha256 if isdefined(given.expert_sha256) else None,
             "Device": given.device,
             "IntensityScaling": given.intensity_scaling,
+            "ConsistencyStep": step,
+            "Timings": timings or None,
             "Warnings": warnings,
         }
         path = Path(runtime.cwd) / "sidecar.json"

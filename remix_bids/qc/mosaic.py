@@ -17,9 +17,10 @@ QUALITY = 88  # of the JPEG: artefacts stay invisible, a page stays small
 TITLE = 22  # pixels of a panel's title line
 
 _STYLE = """
-text{font:13px sans-serif;fill:#fff}
+text{font:13px sans-serif;fill:#fff;stroke:#000;stroke-width:3;paint-order:stroke}
 .edge{fill:none;stroke-width:1.1;stroke-linejoin:round}
-.flip{visibility:hidden}
+.flip,.over{visibility:hidden}
+svg:hover .over{visibility:visible}
 svg:hover .flip{animation:flicker 2s infinite step-end}
 @keyframes flicker{0%{visibility:visible}50%{visibility:hidden}}
 """
@@ -46,6 +47,17 @@ def choose_cuts(mask: np.ndarray, n: int) -> Cuts:
     return Cuts(*chosen)
 
 
+def box_around(mask: np.ndarray, margin: int) -> tuple[slice, slice, slice]:
+    """The bounding box of a mask, grown by some voxels; everything, if the mask is empty."""
+    sides = []
+    for axis in range(3):
+        hits = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        low, high = (hits[0], hits[-1]) if hits.size else (0, mask.shape[axis] - 1)
+        start, stop = int(low) - margin, int(high) + margin + 1
+        sides.append(slice(max(start, 0), min(stop, mask.shape[axis])))
+    return sides[0], sides[1], sides[2]
+
+
 def intensity_window(volume: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
     """Display window: 0 (or the 1st percentile, if negative) to the 99.8th of what is not air."""
     values = volume[mask & np.isfinite(volume)]
@@ -64,11 +76,7 @@ def _box(mask: np.ndarray, *volumes: np.ndarray) -> tuple[slice, slice, slice]:
         shown |= volume > 0.05 * intensity_window(volume, mask)[1]
     if not shown.any():
         shown[:] = True
-    sides = []
-    for axis in range(3):
-        hits = np.flatnonzero(shown.any(axis=tuple(a for a in range(3) if a != axis)))
-        sides.append(slice(max(hits[0] - 2, 0), hits[-1] + 3))
-    return sides[0], sides[1], sides[2]
+    return box_around(shown, 2)
 
 
 def _slices(volume: np.ndarray, cuts: Cuts) -> list[list[np.ndarray]]:
@@ -107,20 +115,65 @@ def _layout(shape: tuple[int, ...], n: int) -> _Layout:
     return _Layout(max(nx, ny), (ny, nz, nz), n)
 
 
-def _picture(volume: np.ndarray, cuts: Cuts, window: tuple[float, float]) -> str:
-    """A mosaic as a data URI."""
-    from PIL import Image
+_WARM = np.array([[255.0, 200, 30], [235, 30, 20]])
+_COLD = np.array([[60.0, 220, 255], [40, 70, 255]])
 
-    layout = _layout(volume.shape, len(cuts.x))
-    canvas = np.zeros((layout.height, layout.width), dtype=np.uint8)
+
+@dataclass(frozen=True)
+class Palette:
+    """How a map is painted over an image: transparent at ``low``, full colour at ``high``.
+
+    A signed map is painted warm where it is positive and cold where it is negative.
+    """
+
+    high: float
+    low: float = 0.0
+
+    def __call__(self, grey: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Paint (h, w) values over (h, w) grey levels of 0 to 255; (h, w, 3)."""
+        values = np.nan_to_num(values)
+        strength = np.clip((np.abs(values) - self.low) / (self.high - self.low), 0, 1)[..., None]
+        warm = _WARM[0] * (1 - strength) + _WARM[1] * strength
+        cold = _COLD[0] * (1 - strength) + _COLD[1] * strength
+        colour = np.where(values[..., None] >= 0, warm, cold)
+        opacity = strength**0.75  # small values must show
+        return grey[..., None] * (1 - opacity) + colour * opacity
+
+
+def _grey(tile: np.ndarray, window: tuple[float, float]) -> np.ndarray:
     low, high = window
+    return np.clip((np.nan_to_num(tile) - low) / (high - low), 0, 1) * 255
+
+
+def _picture(
+    volume: np.ndarray,
+    cuts: Cuts,
+    window: tuple[float, float],
+    values: np.ndarray | None = None,
+    palette: Palette | None = None,
+) -> str:
+    """A mosaic as a data URI; with a map painted over it, if one is given."""
+    layout = _layout(volume.shape, len(cuts.x))
+    coloured = values is not None and palette is not None
+    canvas = np.zeros((layout.height, layout.width, *((3,) if coloured else ())))
+    over = _slices(values, cuts) if values is not None else None
     for row, tiles in enumerate(_slices(volume, cuts)):
         for column, tile in enumerate(tiles):
             x, y = layout.corner(row, column, tile)
-            grey = np.clip((np.nan_to_num(tile) - low) / (high - low), 0, 1) * 255
-            canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = grey.round().astype(np.uint8)
+            pixels = _grey(tile, window)
+            if palette is not None and over is not None:
+                pixels = palette(pixels, over[row][column])
+            canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = pixels
+    return _jpeg(canvas)
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    """Grey levels (h, w) or colours (h, w, 3) of 0 to 255 as a data URI."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    Image.fromarray(canvas).save(buffer, format="JPEG", quality=QUALITY, optimize=True)
+    image = Image.fromarray(pixels.round().astype(np.uint8))
+    image.save(buffer, format="JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -196,8 +249,16 @@ def overlay(
     return _page(definitions, body, layout.width, layout.height)
 
 
-def before_after(before: np.ndarray, after: np.ndarray, mask: np.ndarray, *, n: int = 3) -> str:
-    """Two volumes side by side in the same intensity window; hovering swaps them in place.
+def before_after(
+    before: np.ndarray,
+    after: np.ndarray,
+    mask: np.ndarray,
+    *,
+    n: int = 4,
+    names: tuple[str, str] = ("before: the acquired slices", "after: super-resolved"),
+    outline: np.ndarray | None = None,
+) -> str:
+    """Two volumes in one place and one intensity window; hovering shows the second.
 
     Parameters
     ----------
@@ -205,6 +266,12 @@ def before_after(before: np.ndarray, after: np.ndarray, mask: np.ndarray, *, n: 
         On one grid.
     mask : (x, y, z) bool array
         Where to look; cuts and window are taken from ``before`` inside it.
+    n : int
+        Cuts along each axis.
+    names : tuple of 2 str
+        Titles.
+    outline : (x, y, z) bool array, optional
+        Its border is drawn in both.
     """
     box = _box(mask, before)
     before, after, mask = before[box], after[box], mask[box]
@@ -213,9 +280,108 @@ def before_after(before: np.ndarray, after: np.ndarray, mask: np.ndarray, *, n: 
     window = intensity_window(before, mask)
     definitions = _image("before", _picture(before, cuts, window), layout)
     definitions += _image("after", _picture(after, cuts, window), layout)
-    names = {"before": "before: the acquired image, interpolated", "after": "after: super-resolved"}
-    shift = layout.width + 3 * GAP
-    left = _panel("before", names["before"]) + _panel("after", names["after"], "flip")
-    right = _panel("after", names["after"]) + _panel("before", names["before"], "flip")
-    body = f'{left}<g transform="translate({shift} 0)">{right}</g>'
-    return _page(definitions, body, shift + layout.width, layout.height)
+    edges = ""
+    if outline is not None:
+        edges = f'<path class="edge" stroke="#3c6" d="{_contours(outline[box], cuts)}"/>'
+    body = _panel("before", f"{names[0]} (point at the figure for the other)", "", edges)
+    # A title of its own colour, and a ground of its own: two texts must not show through.
+    cover = f'<rect y="{-TITLE}" width="{layout.width}" height="{TITLE}"/>'
+    body += f'<g class="over">{cover}{_panel("after", names[1], "", edges)}</g>'
+    return _page(definitions, body, layout.width, layout.height)
+
+
+def painted(
+    volume: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray,
+    palette: Palette,
+    title: str,
+    *,
+    n: int = 4,
+) -> str:
+    """A map in colour over an image in grey; hovering shows the image alone.
+
+    Parameters
+    ----------
+    volume, values : (x, y, z) array
+        Image and map, on one grid; the map may hold NaN, which is not painted.
+    mask : (x, y, z) bool array
+        Where to look.
+    palette : Palette
+        With its fixed scale.
+    title : str
+        Says what the colours mean.
+    n : int
+        Cuts along each axis.
+    """
+    box = _box(mask, volume)
+    volume, values, mask = volume[box], values[box], mask[box]
+    cuts = choose_cuts(mask, n)
+    layout = _layout(volume.shape, n)
+    window = intensity_window(volume, mask)
+    definitions = _image("map", _picture(volume, cuts, window, values, palette), layout)
+    definitions += _image("image", _picture(volume, cuts, window), layout)
+    cover = f'<rect y="{-TITLE}" width="{layout.width}" height="{TITLE}"/>'
+    body = _panel("map", title)
+    body += f'<g class="over">{cover}{_panel("image", "the image alone")}</g>'
+    return _page(definitions, body, layout.width, layout.height)
+
+
+def close_ups(
+    before: np.ndarray,
+    after: np.ndarray,
+    places: list[tuple[int, int, int]],
+    titles: list[str],
+    mask: np.ndarray,
+    palette: Palette,
+    *,
+    normal: int = 1,
+    reach: int = 24,
+) -> str:
+    """Places seen from near: one column each, with rows before, after and difference.
+
+    Parameters
+    ----------
+    before, after : (x, y, z) array
+        On one grid of 1 mm.
+    places : list of voxel indices
+        In the middle of each column.
+    titles : list of str
+        Of the columns.
+    mask : (x, y, z) bool array
+        For the intensity window.
+    palette : Palette
+        For the difference, in the units of the images.
+    normal : int
+        The axis that the planes shown are perpendicular to.
+    reach : int
+        Half the side of a picture in voxels.
+    """
+    window = intensity_window(before, mask)
+    side = 2 * reach + 1
+    zoom = 4
+    columns = []
+    for place in places:
+        tiles = []
+        for volume in (before, after, after - before):
+            plane = np.take(volume, place[normal], axis=normal)
+            middle = [c for axis, c in enumerate(place) if axis != normal]
+            padded = np.pad(plane, reach)
+            tile = padded[middle[0] : middle[0] + side, middle[1] : middle[1] + side]
+            tiles.append(tile.T[::-1])
+        grey = [np.repeat(_grey(t, window)[..., None], 3, axis=2) for t in tiles[:2]]
+        grey.append(palette(_grey(tiles[0], window), tiles[2]))
+        enlarged = [t.repeat(zoom, axis=0).repeat(zoom, axis=1) for t in grey]
+        columns.append(np.concatenate([np.pad(t, ((0, GAP), (0, GAP), (0, 0))) for t in enlarged]))
+    canvas = np.concatenate(columns, axis=1) if columns else np.zeros((GAP, GAP, 3))
+    height, width = canvas.shape[:2]
+    text = "".join(
+        f'<text x="{i * (side * zoom + GAP) + 6}" y="-7">{title}</text>'
+        for i, title in enumerate(titles)
+    )
+    rows = ("before", "after", "difference")
+    text += "".join(
+        f'<text x="6" y="{i * (side * zoom + GAP) + 16}">{row}</text>' for i, row in enumerate(rows)
+    )
+    picture = f'<image href="{_jpeg(canvas)}" width="{width}" height="{height}"/>'
+    return _page("", picture + text, width, height)

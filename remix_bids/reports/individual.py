@@ -22,7 +22,10 @@ from nireports.assembler.misc import read_crashfile
 from nireports.assembler.report import Report, SubReport
 
 from remix_bids import __version__
+from remix_bids.config import RunConfig
+from remix_bids.errors import RemixError
 from remix_bids.naming import join_name, split_name, workflow_name
+from remix_bids.reports.boilerplate import boilerplate_html
 
 TEMPLATE = "report.tpl"
 SPECIFICATION = "reports-spec.yml"
@@ -42,7 +45,7 @@ class IndividualReport(Report):
     """nireports' report with the figures of one subject."""
 
     def index(self, config: dict[str, Any]) -> None:
-        """Fill the sections: one for each scan, then errors, then about."""
+        """Fill the sections: one for each scan, then methods, errors and about."""
         subject_dir = Path(config["root"])
         metadata = config["metadata"]
         scans = scans_with_figures(subject_dir)
@@ -57,6 +60,10 @@ class IndividualReport(Report):
                         Fragment(contents, wanted["subtitle"], wanted.get("description", ""))
                     )
             self.sections.append(SubReport(label, reportlets=reportlets, title=escape(label)))
+        methods = _methods(subject_dir)
+        if methods:
+            fragment = Fragment(methods)
+            self.sections.append(SubReport("methods", reportlets=[fragment], title="Methods"))
         errors = _errors(subject_dir, scans)
         self.sections.append(SubReport("errors", reportlets=[Fragment(errors)], title="Errors"))
         about = _about(metadata["about"])
@@ -82,6 +89,18 @@ def _figure(path: Path, root: Path) -> str:
         f'<object type="image/svg+xml" data="./{link}">{escape(path.name)}</object>\n'
         f'<small><a href="./{link}" target="_blank">{escape(path.name)}</a></small>'
     )
+
+
+def _methods(subject_dir: Path) -> str:
+    """The methods text of the settings of the latest run."""
+    settings = sorted((subject_dir / "log").glob("*/remix_bids.toml"))
+    for path in reversed(settings):
+        try:
+            config = RunConfig.from_toml(path.read_text())
+        except (OSError, TypeError, RemixError):  # of another version, or cut short
+            continue
+        return boilerplate_html(config)
+    return ""
 
 
 def open_crash_files(subject_dir: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """The way of one T1w image.
 
-validate -> register -> to MNI grid -> select expert -> enhance -> derivatives and figures
+validate -> register -> to MNI grid -> select expert -> enhance -> [back to native]
+-> consistency and quality -> derivatives and figures
 """
 
 from __future__ import annotations
@@ -8,19 +9,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nipype import Node, Workflow
+from nipype import IdentityInterface, Node, Workflow
 
-from remix_bids.interfaces.ants import AffineRegistration
+from remix_bids.config import NATIVE
 from remix_bids.interfaces.bids import Describe, ValidateT1w
 from remix_bids.interfaces.experts import Enhance, SelectExpert
+from remix_bids.interfaces.qc import (
+    CheckConsistency,
+    CheckHeader,
+    CollectQC,
+    CompareLeftOut,
+    DescribeNative,
+    DropSlices,
+    EnforceConsistency,
+    MeasureQuality,
+    ToNative,
+)
 from remix_bids.interfaces.resample import ToWorkingGrid
+from remix_bids.interfaces.timing import TimedEnhance, TimedRegistration
 from remix_bids.naming import OutputNames
 from remix_bids.templates import Template
 from remix_bids.workflows.outputs import init_derivatives_wf, init_figures_wf
 
 # Peak memory in GB, measured with --resource-monitor on the seven clinical scans at hand (0.1, 0.8
 # with two starts side by side, 0.8, 1.6), and a margin for larger images.
-VALIDATE_GB, RESAMPLE_GB, ENHANCE_GB = 0.3, 1.5, 2.5
+VALIDATE_GB, RESAMPLE_GB, ENHANCE_GB, QC_GB = 0.3, 1.5, 2.5, 2.0
 REGISTER_GB, REGISTER_GB_PER_START = 0.5, 0.4
 
 
@@ -34,6 +47,9 @@ def init_anat_remix_wf(
     static: dict[str, Any],
     expert: str = "auto",
     gate: str = "effective",
+    spaces: tuple[str, ...] = ("MNI152Lin",),
+    enforce_consistency: bool = False,
+    leave_slices_out: bool = False,
     skull_stripped: bool | None = None,
     slice_thickness: float | None = None,
     random_seed: int = 0,
@@ -60,6 +76,12 @@ def init_anat_remix_wf(
         Sidecar keys known before the run.
     expert, gate : str
         As on the command line.
+    spaces : tuple of str
+        Spaces to write images in: 'T1w' (native) and that of the template.
+    enforce_consistency : bool
+        Make the output agree with the acquired voxels.
+    leave_slices_out : bool
+        Also restore the scan from half of its slices, as a test.
     skull_stripped : bool, optional
         What the image's own sidecar says.
     slice_thickness : float, optional
@@ -77,7 +99,7 @@ def init_anat_remix_wf(
     use_gpu = device.startswith("cuda")
     validate = Node(ValidateT1w(in_file=str(source)), name="validate", mem_gb=VALIDATE_GB)
     register = Node(
-        AffineRegistration(
+        TimedRegistration(
             fixed_image=str(template.t1w),
             template_skull_stripped=template.skull_stripped,
             random_seed=random_seed,
@@ -102,7 +124,7 @@ def init_anat_remix_wf(
         mem_gb=0.1,
     )
     enhance = Node(
-        Enhance(device=device, use_gpu=use_gpu),
+        TimedEnhance(device=device, use_gpu=use_gpu),
         name="enhance",
         n_procs=1,
         mem_gb=heavy_gb or ENHANCE_GB,
@@ -110,14 +132,47 @@ def init_anat_remix_wf(
     describe = Node(
         Describe(static=static), name="describe", run_without_submitting=True, mem_gb=0.01
     )
-    derivatives = init_derivatives_wf(names=names, output_dir=output_dir)
-    figures = init_figures_wf(
-        names=names,
-        output_dir=output_dir,
-        template=template,
-        source=source.name.partition(".")[0],
+    place = {"template": str(template.t1w)}
+    if template.brain_mask is not None:
+        place["template_mask"] = str(template.brain_mask)
+    thick = {} if slice_thickness is None else {"thickness": slice_thickness}
+    consistency = Node(
+        CheckConsistency(**place, **thick), name="consistency", mem_gb=heavy_gb or QC_GB
     )
+    quality = Node(MeasureQuality(**place), name="quality", mem_gb=heavy_gb or QC_GB)
+    check_header = Node(CheckHeader(), name="check_header", mem_gb=VALIDATE_GB)
+    label = source.name.partition(".")[0]
+    collect = Node(
+        CollectQC(source=label), name="collect", run_without_submitting=True, mem_gb=0.01
+    )
+    native = NATIVE in spaces
+    derivatives = init_derivatives_wf(
+        names=names, output_dir=output_dir, standard=spaces != (NATIVE,), native=native
+    )
+    figures = init_figures_wf(
+        names=names, output_dir=output_dir, template=template, source=label, native=native
+    )
+    # What is written and shown: the network's output, or what the consistency step made of it.
+    output, port = enhance, "out_file"
     workflow = Workflow(name=name)
+    scan = [("out_file", "native")]
+    affine = [("forward_transform", "transform")]
+    if enforce_consistency:
+        output = Node(
+            EnforceConsistency(**place, **thick),
+            name="enforce_consistency",
+            mem_gb=heavy_gb or QC_GB,
+        )
+        workflow.connect(
+            [
+                (validate, output, scan),
+                (register, output, affine),
+                (to_mni, output, [("coverage", "coverage")]),
+                (enhance, output, [("out_file", "enhanced")]),
+                (output, consistency, [("out_file", "enforced")]),
+                (output, describe, [("steps", "consistency_steps")]),
+            ]
+        )
     workflow.connect(
         [
             (validate, register, [("out_file", "moving_image")]),
@@ -153,6 +208,7 @@ def init_anat_remix_wf(
                     ("score", "registration_score"),
                     ("determinant", "affine_determinant"),
                     ("warnings", "registration_warnings"),
+                    ("seconds", "registration_seconds"),
                 ],
             ),
             (
@@ -175,10 +231,25 @@ def init_anat_remix_wf(
             (
                 enhance,
                 describe,
-                [("device", "device"), ("intensity_scaling", "intensity_scaling")],
+                [
+                    ("device", "device"),
+                    ("intensity_scaling", "intensity_scaling"),
+                    ("seconds", "enhancement_seconds"),
+                ],
             ),
-            (enhance, derivatives, [("out_file", "inputnode.image")]),
-            (describe, derivatives, [("out_file", "inputnode.sidecar")]),
+            (validate, consistency, scan),
+            (register, consistency, affine),
+            (to_mni, consistency, [("coverage", "coverage")]),
+            (enhance, consistency, [("out_file", "enhanced")]),
+            (validate, quality, scan),
+            (register, quality, affine),
+            (to_mni, quality, [("out_file", "before"), ("coverage", "coverage")]),
+            (output, quality, [(port, "after")]),
+            (validate, check_header, [("out_file", "in_file"), ("warnings", "remarks")]),
+            (describe, collect, [("out_file", "sidecar")]),
+            (consistency, collect, [("out_file", "consistency")]),
+            (quality, collect, [("out_file", "quality")]),
+            (collect, derivatives, [("out_file", "inputnode.qc")]),
             (
                 register,
                 derivatives,
@@ -187,13 +258,158 @@ def init_anat_remix_wf(
                     ("inverse_transform", "inputnode.inverse_transform"),
                 ],
             ),
+            (validate, figures, [("out_file", "inputnode.native")]),
+            (register, figures, [("forward_transform", "inputnode.transform")]),
             (
                 to_mni,
                 figures,
                 [("out_file", "inputnode.registered"), ("coverage", "inputnode.coverage")],
             ),
-            (enhance, figures, [("out_file", "inputnode.enhanced")]),
+            (output, figures, [(port, "inputnode.enhanced")]),
+            (
+                consistency,
+                figures,
+                [("chi2", "inputnode.chi2"), ("unknowable", "inputnode.unknowable")],
+            ),
             (describe, figures, [("out_file", "inputnode.sidecar")]),
+            (check_header, figures, [("out_file", "inputnode.header")]),
+            (collect, figures, [("out_file", "inputnode.qc")]),
+        ]
+    )
+    if spaces != (NATIVE,):
+        workflow.connect(
+            [
+                (output, derivatives, [(port, "inputnode.image")]),
+                (describe, derivatives, [("out_file", "inputnode.sidecar")]),
+            ]
+        )
+    if native:
+        to_native = Node(ToNative(), name="to_native", mem_gb=heavy_gb or QC_GB)
+        describe_native = Node(
+            DescribeNative(), name="describe_native", run_without_submitting=True, mem_gb=0.01
+        )
+        workflow.connect(
+            [
+                (validate, to_native, scan),
+                (register, to_native, affine),
+                (to_mni, to_native, [("out_file", "before")]),
+                (output, to_native, [(port, "after")]),
+                (describe, describe_native, [("out_file", "in_file")]),
+                (
+                    to_native,
+                    describe_native,
+                    [("shape", "shape"), ("enhanced_fraction", "enhanced_fraction")],
+                ),
+                (to_native, derivatives, [("out_file", "inputnode.native_image")]),
+                (describe_native, derivatives, [("out_file", "inputnode.native_sidecar")]),
+                (
+                    to_native,
+                    figures,
+                    [
+                        ("out_file", "inputnode.in_native"),
+                        ("part", "inputnode.part"),
+                        ("enhanced_fraction", "inputnode.enhanced_fraction"),
+                    ],
+                ),
+            ]
+        )
+    if leave_slices_out:
+        left_out = init_leave_out_wf(
+            template=template,
+            experts_table=experts_table,
+            expert=expert,
+            gate=gate,
+            slice_thickness=slice_thickness,
+            device=device,
+            heavy_gb=heavy_gb,
+        )
+        workflow.connect(
+            [
+                (validate, left_out, [("out_file", "inputnode.native")]),
+                (register, left_out, [("forward_transform", "inputnode.transform")]),
+                (left_out, collect, [("compare.out_file", "left_out")]),
+            ]
+        )
+    return workflow
+
+
+def init_leave_out_wf(
+    *,
+    template: Template,
+    experts_table: Path,
+    expert: str = "auto",
+    gate: str = "effective",
+    slice_thickness: float | None = None,
+    device: str = "cpu",
+    heavy_gb: float | None = None,
+    name: str = "leave_out_wf",
+) -> Workflow:
+    """Restore a scan from every second slice, and hold the others against that.
+
+    Parameters
+    ----------
+    template, experts_table, expert, gate, slice_thickness, device, heavy_gb
+        As in `init_anat_remix_wf`; the gate sees the doubled spacing.
+
+    Inputs
+    ------
+    native, transform
+        The whole scan, and its affine from the template.
+    """
+    inputnode = Node(IdentityInterface(fields=["native", "transform"]), name="inputnode")
+    drop = Node(DropSlices(), name="drop", mem_gb=VALIDATE_GB)
+    to_mni = Node(ToWorkingGrid(template=str(template.t1w)), name="to_mni", mem_gb=RESAMPLE_GB)
+    select_expert = Node(
+        SelectExpert(experts_table=str(experts_table), expert=expert, gate=gate),
+        name="select_expert",
+        mem_gb=0.1,
+    )
+    enhance = Node(
+        Enhance(device=device, use_gpu=device.startswith("cuda")),
+        name="enhance",
+        n_procs=1,
+        mem_gb=heavy_gb or ENHANCE_GB,
+    )
+    compare = Node(
+        CompareLeftOut(template=str(template.t1w)), name="compare", mem_gb=heavy_gb or QC_GB
+    )
+    if template.brain_mask is not None:
+        to_mni.inputs.template_mask = compare.inputs.template_mask = str(template.brain_mask)
+    workflow = Workflow(name=name)
+    if slice_thickness is not None:
+        to_mni.inputs.slice_thickness = compare.inputs.thickness = slice_thickness
+    else:  # that slices are missing does not make the others thicker
+        workflow.connect(drop, "spacing", to_mni, "slice_thickness")
+    workflow.connect(
+        [
+            (inputnode, drop, [("native", "in_file")]),
+            (inputnode, to_mni, [("transform", "transform")]),
+            (inputnode, compare, [("native", "native"), ("transform", "transform")]),
+            (drop, to_mni, [("out_file", "in_file")]),
+            (drop, select_expert, [("out_file", "in_file")]),
+            (drop, compare, [("out_file", "kept")]),
+            (
+                to_mni,
+                enhance,
+                [
+                    ("out_file", "in_file"),
+                    ("estimate", "estimate"),
+                    ("coverage", "coverage"),
+                ],
+            ),
+            (drop, enhance, [("out_file", "native")]),
+            (inputnode, enhance, [("transform", "transform")]),
+            (
+                select_expert,
+                enhance,
+                [
+                    ("expert", "expert"),
+                    ("expert_file", "expert_file"),
+                    ("expert_sha256", "expert_sha256"),
+                ],
+            ),
+            (to_mni, compare, [("coverage", "coverage")]),
+            (enhance, compare, [("out_file", "enhanced")]),
         ]
     )
     return workflow

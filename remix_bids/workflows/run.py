@@ -11,7 +11,7 @@ from typing import Any
 
 from nipype import IdentityInterface, Workflow
 
-from remix_bids.config import RunConfig
+from remix_bids.config import NATIVE, RunConfig
 from remix_bids.errors import UsageError
 from remix_bids.inputs import Scan
 from remix_bids.naming import output_names, workflow_name
@@ -79,8 +79,10 @@ class _Progress:
             self._open[owner].discard(node.fullname)
             if not self._open[owner]:
                 self._say(f"{scan.label} done")
-                space = self._config.output_spaces
-                sidecar = self._config.output_dir / output_names(scan.path, space).sidecar
+                names = output_names(scan.path, self._config.space)
+                standard = self._config.output_spaces != (NATIVE,)
+                sidecar = names.sidecar if standard else names.native_sidecar
+                sidecar = self._config.output_dir / sidecar
                 for warning in read_warnings(sidecar):
                     LOGGER.warning("    %s: WARNING: %s", scan.label, warning)
 

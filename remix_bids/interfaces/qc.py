@@ -1,0 +1,428 @@
+"""Consistency, image quality and native space: files in, files out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from nipype.interfaces.base import (
+    BaseInterfaceInputSpec,
+    File,
+    SimpleInterface,
+    TraitedSpec,
+    isdefined,
+    traits,
+)
+
+from remix_bids.interfaces.resample import brain_on_working_grid, save_on_working_grid
+
+if TYPE_CHECKING:  # torch is imported by workers only
+    from remix_bids.simulation.acquisition import Acquisition
+
+
+def load(path: str) -> np.ndarray:
+    """The one volume of an image, float32."""
+    import nibabel as nb
+
+    image = nb.load(path)
+    return np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3]).copy()
+
+
+def load_scan(path: str, transform: str, thickness: Any) -> tuple[np.ndarray, Acquisition]:
+    """A scan on its native grid, and the acquisition that its header tells."""
+    import nibabel as nb
+    import torch
+
+    from remix_bids.registration.itk import read_itk_affine
+    from remix_bids.simulation.acquisition import from_header
+    from remix_bids.spatial import Grid
+
+    torch.set_num_threads(1)  # the voxels must not depend on the number of processors
+    data = load(path)
+    grid = Grid(data.shape, nb.load(path).affine)
+    known = thickness if isdefined(thickness) else None
+    return data, from_header(grid, read_itk_affine(transform), known)
+
+
+def load_brain(inputs: Any) -> np.ndarray:
+    """The template's brain on the working grid, of inputs with ``template`` and its mask."""
+    mask = inputs.template_mask
+    return brain_on_working_grid(Path(inputs.template), Path(mask) if isdefined(mask) else None)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> str:
+    """Write a JSON object; return the path."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return str(path)
+
+
+class _ScanInputSpec(BaseInterfaceInputSpec):
+    native = File(exists=True, mandatory=True, desc="image on its native grid")
+    transform = File(exists=True, mandatory=True, desc="ITK affine, template to native points")
+    thickness = traits.Float(desc="of the slices, mm, where the sidecar tells")
+
+
+class _BrainInputSpec(_ScanInputSpec):
+    coverage = File(exists=True, mandatory=True, desc="on the working grid: where the scan is")
+    template = File(exists=True, mandatory=True)
+    template_mask = File(exists=True)
+
+
+class _CheckConsistencyInputSpec(_BrainInputSpec):
+    enhanced = File(exists=True, mandatory=True, desc="as the network made it, working grid")
+    enforced = File(exists=True, desc="after the consistency step, where there was one")
+
+
+class _CheckConsistencyOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="figures, JSON")
+    chi2 = File(exists=True, desc="map of disagreement on the working grid")
+    unknowable = File(exists=True, desc="what the scan could not have told, working grid")
+
+
+class CheckConsistency(SimpleInterface):
+    """Hold an output against the acquired voxels (see `remix_bids.qc.consistency`)."""
+
+    input_spec = _CheckConsistencyInputSpec
+    output_spec = _CheckConsistencyOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import torch
+
+        from remix_bids.errors import InputImageError
+        from remix_bids.qc import consistency
+        from remix_bids.spatial import WORKING_GRID, index_map, resample
+
+        native, acquisition = load_scan(
+            self.inputs.native, self.inputs.transform, self.inputs.thickness
+        )
+        covered, brain = load(self.inputs.coverage) > 0, load_brain(self.inputs)
+        enhanced = load(self.inputs.enhanced)
+        try:
+            found = consistency.check(native, enhanced, covered, brain, acquisition)
+        except ValueError as error:
+            raise InputImageError(f"{self.inputs.native}: {error}") from error
+        blind = consistency.unknowable(enhanced, covered, brain, acquisition)
+        figures = {"scan_noise": found.noise, **_figures(found)}
+        share = consistency.energy_share(blind, enhanced, brain & covered)
+        figures["unknowable"] = 100 * share
+        if isdefined(self.inputs.enforced):
+            enforced = load(self.inputs.enforced)
+            after = consistency.check(
+                native, enforced, covered, brain, acquisition, noise=found.noise
+            )
+            figures |= {f"{key}_enforced": value for key, value in _figures(after).items()}
+
+        mapping = index_map(WORKING_GRID, acquisition.grid, acquisition.world)
+        chi2 = torch.from_numpy(np.nan_to_num(found.chi2))
+        on_grid = resample(chi2, mapping, WORKING_GRID.shape, "linear").numpy() * covered
+        folder = Path(runtime.cwd)
+        for name, values in (("chi2", on_grid), ("unknowable", blind)):
+            save_on_working_grid(values.astype(np.float32), folder / f"{name}.nii.gz")
+            self._results[name] = str(folder / f"{name}.nii.gz")
+        self._results["out_file"] = write_json(folder / "consistency.json", figures)
+        return runtime
+
+
+def _figures(found: Any) -> dict[str, float]:
+    return {
+        "consistency_chi2_median": found.median,
+        "consistency_chi2_p95": found.p95,
+        "consistency_chi2_max": found.largest,
+        "consistency_disagreeing": 100 * found.disagreeing,
+        "consistency_correlation": found.correlation,
+        "consistency_nrmse": 100 * found.nrmse,
+    }
+
+
+class _EnforceConsistencyInputSpec(_BrainInputSpec):
+    enhanced = File(exists=True, mandatory=True)
+    iterations = traits.Int(3, usedefault=True, desc="at most")
+
+
+class _EnforceConsistencyOutputSpec(TraitedSpec):
+    out_file = File(exists=True)
+    steps = traits.Int(desc="taken until the residual was down to the noise")
+
+
+class EnforceConsistency(SimpleInterface):
+    """Make an output agree with the acquired voxels (``--enforce-consistency``)."""
+
+    input_spec = _EnforceConsistencyInputSpec
+    output_spec = _EnforceConsistencyOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from remix_bids.qc import consistency
+
+        native, acquisition = load_scan(
+            self.inputs.native, self.inputs.transform, self.inputs.thickness
+        )
+        covered = load(self.inputs.coverage) > 0
+        brain = consistency.to_native(load_brain(self.inputs) & covered, acquisition)
+        brain = brain if brain.any() else np.ones_like(brain)
+        noise = consistency.estimate_noise(native, brain, acquisition.grid)
+        image, steps = consistency.enforce(
+            native,
+            load(self.inputs.enhanced),
+            covered,
+            acquisition,
+            noise,
+            iterations=self.inputs.iterations,
+        )
+        path = Path(runtime.cwd) / "enforced.nii.gz"
+        save_on_working_grid(image, path)
+        self._results.update(out_file=str(path), steps=steps)
+        return runtime
+
+
+class _MeasureQualityInputSpec(_BrainInputSpec):
+    before = File(exists=True, mandatory=True, desc="interpolated image on the working grid")
+    after = File(exists=True, mandatory=True, desc="output on the working grid")
+
+
+class _JSONOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="figures, JSON")
+
+
+class MeasureQuality(SimpleInterface):
+    """Image quality before and after (see `remix_bids.qc.quality`)."""
+
+    input_spec = _MeasureQualityInputSpec
+    output_spec = _JSONOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from remix_bids.qc import quality
+        from remix_bids.simulation.acquisition import slice_axis
+        from remix_bids.spatial import WORKING_GRID, index_map
+
+        _, acquisition = load_scan(self.inputs.native, self.inputs.transform, None)
+        mapping = index_map(WORKING_GRID, acquisition.grid, acquisition.world)
+        axes = np.linalg.inv(mapping)[:3, :3]
+        brain = load_brain(self.inputs) & (load(self.inputs.coverage) > 0)
+        images = {"before": load(self.inputs.before), "after": load(self.inputs.after)}
+        tissues = quality.find_tissues(images["before"], brain)
+        determinant = float(np.linalg.det(acquisition.world[:3, :3]))
+        figures: dict[str, Any] = {}
+        for name, image in images.items():
+            measured = quality.image_quality(
+                image, brain, axes, slice_axis(acquisition.grid), tissues, determinant
+            )
+            figures |= {f"{key}_{name}": value for key, value in measured.items()}
+        figures["residual_energy"] = quality.residual_energy(
+            images["before"], images["after"], brain
+        )
+        path = Path(runtime.cwd) / "quality.json"
+        self._results["out_file"] = write_json(path, figures)
+        return runtime
+
+
+class _ToNativeInputSpec(_ScanInputSpec):
+    before = File(exists=True, mandatory=True, desc="interpolated image on the working grid")
+    after = File(exists=True, mandatory=True, desc="output on the working grid")
+
+
+class _ToNativeOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="1 mm isotropic, scanner's world, float32")
+    part = File(exists=True, desc="how much of the residual was laid over each voxel")
+    shape = traits.List(traits.Int)
+    enhanced_fraction = traits.Float(desc="of the field of view")
+
+
+class ToNative(SimpleInterface):
+    """Lay what the network added over the scan in native space (see `remix_bids.native`)."""
+
+    input_spec = _ToNativeInputSpec
+    output_spec = _ToNativeOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import nibabel as nb
+        import torch
+
+        from remix_bids.native import to_native_space
+        from remix_bids.spatial import coverage, index_map
+
+        native, acquisition = load_scan(self.inputs.native, self.inputs.transform, None)
+        residual = torch.from_numpy(load(self.inputs.after) - load(self.inputs.before))
+        source = acquisition.grid
+        image, part, grid = to_native_space(
+            torch.from_numpy(native), source, acquisition.world, residual
+        )
+        covered = coverage(index_map(grid, source), source.shape, grid.shape)
+        header = nb.load(self.inputs.native).header
+        codes = [int(header[k]) for k in ("sform_code", "qform_code") if k in header]
+        code = next((c for c in codes if c), 1)
+        folder = Path(runtime.cwd)
+        for name, values in (("out_file", image), ("part", part)):
+            out = nb.Nifti1Image(values.numpy().astype(np.float32), grid.affine)
+            out.header.set_xyzt_units("mm", "sec")
+            out.set_sform(grid.affine, code=code)
+            out.set_qform(grid.affine, code=code)
+            nb.save(out, folder / f"{name}.nii.gz")
+            self._results[name] = str(folder / f"{name}.nii.gz")
+        self._results["shape"] = list(grid.shape)
+        self._results["enhanced_fraction"] = float(part[covered].mean())
+        return runtime
+
+
+class _DescribeNativeInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="sidecar of the MNI image")
+    shape = traits.List(traits.Int, mandatory=True)
+    enhanced_fraction = traits.Float(mandatory=True)
+
+
+class DescribeNative(SimpleInterface):
+    """Write the sidecar of the image in native space."""
+
+    input_spec = _DescribeNativeInputSpec
+    output_spec = _JSONOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        content = json.loads(Path(self.inputs.in_file).read_text())
+        x, y, z = self.inputs.shape
+        content["Resolution"] = f"1 mm isotropic, {x} x {y} x {z} voxels, in the scanner's world"
+        # Sizes are the person's own here, and the image refers to no template.
+        for key in ("SpatialReference", "AffineDeterminant"):
+            content.pop(key, None)
+        content["Interpolation"] += "; the network's residual by cubic B-spline"
+        content["EnhancedFraction"] = round(self.inputs.enhanced_fraction, 4)
+        path = Path(runtime.cwd) / "native.json"
+        self._results["out_file"] = write_json(path, content)
+        return runtime
+
+
+class _DropSlicesInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True, desc="image on its native grid")
+
+
+class _DropSlicesOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="every second slice of it")
+    spacing = traits.Float(desc="of the slices before, mm")
+
+
+class DropSlices(SimpleInterface):
+    """Keep every second slice of a scan, the first one included."""
+
+    input_spec = _DropSlicesInputSpec
+    output_spec = _DropSlicesOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        import nibabel as nb
+
+        from remix_bids.simulation.acquisition import slice_axis
+        from remix_bids.spatial import Grid
+
+        image = nb.load(self.inputs.in_file)
+        data = load(self.inputs.in_file)
+        grid = Grid(data.shape, image.affine)
+        axis = slice_axis(grid)
+        self._results["spacing"] = float(grid.voxel_sizes[axis])
+        keep = [slice(None)] * 3
+        keep[axis] = slice(None, None, 2)
+        affine = image.affine.copy()
+        affine[:3, axis] *= 2
+        path = Path(runtime.cwd) / "kept.nii"
+        nb.save(nb.Nifti1Image(data[tuple(keep)], affine), path)
+        self._results["out_file"] = str(path)
+        return runtime
+
+
+class _CompareLeftOutInputSpec(_BrainInputSpec):
+    kept = File(exists=True, mandatory=True, desc="scan without every second slice")
+    enhanced = File(exists=True, mandatory=True, desc="what the expert made of it")
+
+
+class CompareLeftOut(SimpleInterface):
+    """Hold slices that were left out against what was restored without them."""
+
+    input_spec = _CompareLeftOutInputSpec
+    output_spec = _JSONOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from remix_bids.qc import left_out
+
+        native, acquisition = load_scan(
+            self.inputs.native, self.inputs.transform, self.inputs.thickness
+        )
+        found = left_out.compare(
+            native,
+            load(self.inputs.kept),
+            load(self.inputs.enhanced),
+            load(self.inputs.coverage) > 0,
+            load_brain(self.inputs),
+            acquisition,
+        )
+        path = Path(runtime.cwd) / "left_out.json"
+        self._results["out_file"] = write_json(path, found)
+        return runtime
+
+
+class _CollectQCInputSpec(BaseInterfaceInputSpec):
+    source = traits.Str(mandatory=True, desc="name of the scan")
+    sidecar = File(exists=True, mandatory=True)
+    consistency = File(exists=True, mandatory=True)
+    quality = File(exists=True, mandatory=True)
+    left_out = File(exists=True)
+
+
+class CollectQC(SimpleInterface):
+    """All figures of one scan in one flat JSON object, which the group level reads."""
+
+    input_spec = _CollectQCInputSpec
+    output_spec = _JSONOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        given = self.inputs
+        sidecar = json.loads(Path(given.sidecar).read_text())
+        content: dict[str, Any] = {
+            "bids_name": given.source,
+            "expert": sidecar["Expert"],
+            "voxel_size": " x ".join(f"{side:.3g}" for side in sidecar["VoxelSize"]),
+            "effective_voxel_volume": sidecar["EffectiveVoxelVolume"],
+            "registration_score": sidecar["RegistrationScore"],
+            "brain_coverage": 100 * sidecar["BrainCoverage"],
+            "affine_determinant": sidecar["AffineDeterminant"],
+            "warnings": len(sidecar["Warnings"]),
+        }
+        for path in (given.quality, given.consistency, given.left_out):
+            if isdefined(path):
+                content |= json.loads(Path(path).read_text())
+        rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in content.items()}
+        self._results["out_file"] = write_json(Path(runtime.cwd) / "qc.json", rounded)
+        return runtime
+
+
+class _CheckHeaderInputSpec(BaseInterfaceInputSpec):
+    in_file = File(exists=True, mandatory=True)
+    remarks = traits.List(traits.Str, desc="what our own check has found")
+
+
+class _CheckHeaderOutputSpec(TraitedSpec):
+    out_file = File(exists=True, desc="HTML fragment")
+
+
+class CheckHeader(SimpleInterface):
+    """What niworkflows' ValidateImage and our own check say about the input's header."""
+
+    input_spec = _CheckHeaderInputSpec
+    output_spec = _CheckHeaderOutputSpec
+
+    def _run_interface(self, runtime: Any) -> Any:
+        from html import escape
+
+        from niworkflows.interfaces.header import ValidateImage
+
+        folder = Path(runtime.cwd)
+        result = ValidateImage(in_file=self.inputs.in_file).run(cwd=str(folder))
+        found = Path(result.outputs.out_report).read_text().strip()
+        copy = Path(result.outputs.out_file)
+        if copy.parent == folder:  # a repaired copy; the sform of the original is what we use
+            copy.unlink()
+        remarks = self.inputs.remarks if isdefined(self.inputs.remarks) else []
+        lines = "".join(f"<li>{escape(text)}</li>" for text in remarks)
+        parts = [f'<ul class="warnings">{lines}</ul>' if lines else "", found]
+        text = "\n".join(part for part in parts if part)
+        path = folder / "header.html"
+        path.write_text(text or '<p class="fine">Nothing to remark.</p>')
+        self._results["out_file"] = str(path)
+        return runtime
