@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nb
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 
 from remix_bids.errors import RemixError, UsageError
 from remix_bids.spatial import Grid
@@ -71,7 +72,7 @@ def run_command(
                 )
             result = nb.load(names["output"])
             data = np.asanyarray(result.dataobj).astype(dtype).reshape(result.shape[:3])
-        except (OSError, nb.filebasedimages.ImageFileError) as error:
+        except (OSError, ImageFileError) as error:
             raise RemixError(f"{template!r}: {error}") from error
     x, y, z = data.shape
     return data, Grid((x, y, z), result.affine)
