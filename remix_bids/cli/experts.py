@@ -1,4 +1,4 @@
-"""remix-experts: harvest | prepare | train | export | evaluate | simulate | compare."""
+"""The tools behind the experts: acquisitions, training, checks and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from remix_bids import __version__
-from remix_bids.errors import RemixError, UsageError
+from remix_bids.errors import MissingResourceError, RemixError, UsageError
 
 
 def _recipe(path: Path | None) -> Path:
@@ -32,15 +32,32 @@ def _coverage(table: Path) -> dict[str, bool]:
 
 
 def harvest(args: argparse.Namespace) -> None:
-    """Write a bank of acquisitions from a list of header records."""
-    from remix_bids.harvest import geometries_from_records
+    """Write a bank of acquisitions: geometries of real scans, without identifiers or dates."""
+    from remix_bids.harvest import SUFFIXES, geometries_from_bids, geometries_from_records
     from remix_bids.simulation.acquisition import save_bank
 
-    bank = geometries_from_records(args.records)
+    if args.source.is_file():
+        if args.derivatives or args.suffix or args.licence:
+            raise UsageError(
+                f"{args.source} is a list of header records: DERIVATIVES, --suffix and --licence "
+                "go with a BIDS dataset"
+            )
+        bank = geometries_from_records(args.source)
+    else:
+        bank = geometries_from_bids(
+            args.source,
+            args.derivatives,
+            suffixes=args.suffix or SUFFIXES,
+            licence=args.licence,
+        )
     save_bank(bank, args.output)
     held_out = sum(g.held_out for g in bank)
+    placed = sum(g.world is not None for g in bank)
     persons = len({g.group for g in bank})
-    print(f"{len(bank)} geometries of {persons} persons, {held_out} held out: {args.output}")
+    print(
+        f"{len(bank)} geometries of {persons} persons, {placed} with an affine to MNI, "
+        f"{held_out} held out: {args.output}"
+    )
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -87,6 +104,24 @@ def export(args: argparse.Namespace) -> None:
     from remix_bids.training.recipe import export_experts
 
     print(export_experts(args.trained, args.output))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Check the experts: checksums, and that this machine computes what they should."""
+    from remix_bids.experts.verify import verify as run
+
+    findings = []
+    for finding in run(args.experts_dir):
+        print(finding.text, flush=True)
+        findings.append(finding)
+    good = [f for f in findings if f.good]
+    if good and not all(f.compared for f in good):
+        print(
+            "experts.toml holds no reference outputs (older than `remix-experts verify`): only "
+            "checksums were compared."
+        )
+    if len(good) < len(findings):
+        raise MissingResourceError(f"{len(findings) - len(good)} of {len(findings)} experts failed")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -139,8 +174,16 @@ def get_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("harvest", help=harvest.__doc__)
-    p.add_argument("records", type=Path, help="JSON list of header records")
+    p.add_argument("source", type=Path, help="BIDS dataset, or a JSON list of header records")
+    p.add_argument(
+        "derivatives",
+        type=Path,
+        nargs="?",
+        help="what remix-bids wrote for this dataset: its affines to MNI go into the bank",
+    )
     p.add_argument("output", type=Path, help="bank to write")
+    p.add_argument("--suffix", action="append", help="only this contrast (can be repeated)")
+    p.add_argument("--licence", help="of the dataset; default: what its description says")
     p.set_defaults(run=harvest)
 
     p = commands.add_parser("prepare", help=prepare.__doc__)
@@ -166,6 +209,10 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("trained", type=Path, help="folder that `train` wrote")
     p.add_argument("output", type=Path)
     p.set_defaults(run=export)
+
+    p = commands.add_parser("verify", help=verify.__doc__)
+    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
+    p.set_defaults(run=verify)
 
     p = commands.add_parser("evaluate", help=evaluate.__doc__)
     p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
