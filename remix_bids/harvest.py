@@ -260,6 +260,7 @@ def _scans(bids_dir: Path, suffixes: Sequence[str]) -> Iterator[tuple[Path, dict
         re.compile(r"/\.[^/]*(/|$)"),
         re.compile(rf"/sub-[^/]+/(ses-[^/]+/)?({OTHER_DATATYPES})(/|$)"),
     ]
+    logging.getLogger("bidsschematools").setLevel(logging.WARNING)  # it tells which schema it takes
     try:
         indexer = BIDSLayoutIndexer(validate=False, ignore=ignore)
         layout = BIDSLayout(bids_dir, validate=False, indexer=indexer)

@@ -153,6 +153,49 @@ def evaluate(args: argparse.Namespace) -> None:
     print(table)
 
 
+def _protocol_and_persons(args: argparse.Namespace) -> tuple[dict, list]:
+    from remix_bids.training.dataset import load_persons
+
+    shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
+    persons = load_persons(args.prepared, args.split)
+    if not persons:
+        raise UsageError(f"{args.prepared} holds no persons of the split {args.split!r}")
+    return tomllib.loads(shipped.read_text()), persons[: args.persons]
+
+
+def _write_table(args: argparse.Namespace, table: str) -> None:
+    args.output.with_suffix(".md").write_text(table + "\n")
+    print(table)
+
+
+def lesions(args: argparse.Namespace) -> None:
+    """Measure what is left of lesions of known size and contrast."""
+    from remix_bids.evaluation.lesions import run_cases, to_markdown
+    from remix_bids.evaluation.restore import write_rows
+    from remix_bids.evaluation.table import cases
+
+    protocol, persons = _protocol_and_persons(args)
+    todo = cases(persons, protocol, args.classes, [args.noise])
+    _write_table(args, to_markdown(write_rows(args.output, run_cases(todo, args.experts_dir))))
+
+
+def gates(args: argparse.Namespace) -> None:
+    """Compare the two gates on the real geometries of the bank where they differ."""
+    from remix_bids.evaluation.gates import run_gates, to_markdown
+    from remix_bids.evaluation.restore import write_rows
+
+    protocol, persons = _protocol_and_persons(args)
+    batches = run_gates(
+        persons,
+        experts_dir=args.experts_dir,
+        limit=args.geometries,
+        noise=args.noise,
+        seed=protocol["seed"],
+        erosion=protocol["erosion"],
+    )
+    _write_table(args, to_markdown(write_rows(args.output, batches)))
+
+
 def simulate(args: argparse.Namespace) -> None:
     """Make a one-subject BIDS dataset whose truth is known; it needs no data."""
     from remix_bids.demo import write_example
@@ -165,6 +208,18 @@ def compare(args: argparse.Namespace) -> None:
     from remix_bids.demo import compare as run
 
     print(run(args.folder, args.output))
+
+
+def _add_experiment(p: argparse.ArgumentParser, persons: int | None) -> None:
+    """Arguments that `lesions` and `gates` share."""
+    p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
+    p.add_argument("output", type=Path, help="TSV of all rows; the table goes to .md beside it")
+    p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
+    p.add_argument(
+        "--persons", type=int, default=persons, help=f"only so many (default: {persons or 'all'})"
+    )
+    p.add_argument("--noise", type=float, default=0.0, help="Rician; default: none")
+    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -226,6 +281,16 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
     p.add_argument("--nprocs", type=int, default=1)
     p.set_defaults(run=evaluate)
+
+    p = commands.add_parser("lesions", help=lesions.__doc__)
+    _add_experiment(p, persons=2)
+    p.add_argument("--classes", type=int, nargs="+", default=list(range(1, 8)))
+    p.set_defaults(run=lesions)
+
+    p = commands.add_parser("gates", help=gates.__doc__)
+    _add_experiment(p, persons=None)
+    p.add_argument("--geometries", type=int, help="only so many, spread over all")
+    p.set_defaults(run=gates)
 
     p = commands.add_parser("simulate", help=simulate.__doc__)
     p.add_argument("folder", type=Path, help="bids/ and truth/ are written into it")
