@@ -1,9 +1,9 @@
 """What restoration does to lesions: spheres of known size and contrast, degraded and restored.
 
-An image with lesions and the same image without go through the same acquisition and the same method;
-what differs between the two results is what is left of the lesions. It is held against what was put
-in: mean inside the lesion (contrast kept), and volume at half of the maximum (volume kept; above 1
-where the lesion is spread out).
+An image with lesions and the same image without go through the same acquisition and the same
+method; what differs between the two results is what is left of the lesions. It is held against what
+was put in: mean inside the lesion (contrast kept), and volume at half of the maximum (volume kept;
+above 1 where the lesion is spread out).
 """
 
 from __future__ import annotations
