@@ -92,7 +92,7 @@ def place_lesions(
         all are left out.
     """
     usable = (image > 0.05) & covered
-    bright = image > np.quantile(image[usable], 0.6) if usable.any() else usable
+    bright = image >= np.quantile(image[usable], 0.6) if usable.any() else usable
     volumes: list[list[Lesion]] = []
     left = list(wanted)
     fits: dict[float, np.ndarray] = {}
