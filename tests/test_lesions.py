@@ -64,12 +64,13 @@ def test_the_mean_inside_changes_by_the_contrast():
 
 
 def test_blur_takes_contrast_and_spreads_volume():
-    lesion = Lesion(5.0, 0.4, (20, 20, 20))
+    lesion = Lesion(3.0, 0.4, (20, 20, 20))
     true = add_lesions(torch.ones(40, 40, 40), [lesion]) - 1
     blurred = torch.from_numpy(ndimage.gaussian_filter(true.numpy(), 2.0))
     contrast, volume = kept(blurred, true, lesion)
-    assert 0.1 < contrast < 0.8
-    assert volume > 1.2
+    # Two Gaussians that share their centre, the sphere's with the same variance, d^2 / 20.
+    assert contrast == pytest.approx(0.12, abs=0.02)
+    assert volume == pytest.approx(np.pi / 6 * (2.355 * np.sqrt(4 + 9 / 20)) ** 3 / 19, rel=0.2)
 
 
 def test_only_what_hangs_together_with_the_lesion_counts():

@@ -2,8 +2,8 @@
 
 An image with lesions and the same image without go through the same acquisition and the same
 method; what differs between the two results is what is left of the lesions. It is held against what
-was put in: mean inside the lesion (contrast kept), and volume at half of the maximum (volume kept;
-above 1 where the lesion is spread out).
+was put in: mean inside the lesion (contrast kept), and volume at half of its own maximum (volume
+kept; a slight blur takes something off a sphere, a strong one spreads it to more than 1).
 """
 
 from __future__ import annotations
