@@ -70,7 +70,7 @@ def test_blur_takes_contrast_and_spreads_volume():
     contrast, volume = kept(blurred, true, lesion)
     # Two Gaussians that share their centre, the sphere's with the same variance, d^2 / 20.
     assert contrast == pytest.approx(0.12, abs=0.02)
-    assert volume == pytest.approx(np.pi / 6 * (2.355 * np.sqrt(4 + 9 / 20)) ** 3 / 19, rel=0.2)
+    assert volume == pytest.approx(np.pi / 6 * (2.355 * np.sqrt(4 + 9 / 20)) ** 3 / 19, rel=0.3)
 
 
 def test_only_what_hangs_together_with_the_lesion_counts():
