@@ -36,6 +36,40 @@ def ball(shape, radius):
 @pytest.mark.parametrize("diameter", DIAMETERS)
 def test_a_sphere_has_its_volume(diameter):
     volume = Lesion(diameter, 0.2).fraction().sum()
+    assert volume == pytest.approx(np.pi / 6 * diameter**3, rel=0.02)
+
+
+@pytest.mark.parametrize("diameter", DIAMETERS)
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_of_the_truth_all_is_kept(diameter, contrast):
+    image = torch.rand(40, 40, 40, generator=torch.Generator().manual_seed(1)) + 0.5
+    lesion = Lesion(diameter, contrast, (20, 18, 22))
+    true = add_lesions(image, [lesion]) - image
+    assert kept(true, true, lesion) == (1.0, 1.0)
+    assert kept(0.5 * true, true, lesion) == (pytest.approx(0.5), 1.0)
+    assert kept(0 * true, true, lesion) == (0.0, 0.0)
+    assert kept(-true, true, lesion) == (pytest.approx(-1.0), 0.0)
+
+
+def test_the_mean_inside_changes_by_the_contrast():
+    image = torch.rand(40, 40, 40, generator=torch.Generator().manual_seed(1)) + 0.5
+    lesion = Lesion(8.0, -0.4, (20, 20, 20))
+    inside = torch.zeros(40, 40, 40, dtype=torch.bool)
+    inside[lesion.box()] = torch.from_numpy(lesion.fraction() == 1)
+    changed = add_lesions(image, [lesion])
+    assert float((changed - image)[inside].mean()) == pytest.approx(-0.4, rel=0.02)
+    assert float((changed - image)[lesion.box()].sum()) == pytest.approx(
+        -0.4 * np.pi / 6 * 8**3, rel=0.05
+    )
+
+
+def test_blur_takes_contrast_and_spreads_volume():
+    lesion = Lesion(3.0, 0.4, (20, 20, 20))
+    true = add_lesions(torch.ones(40, 40, 40), [lesion]) - 1
+    blurred = torch.from_numpy(ndimage.gaussian_filter(true.numpy(), 2.0))
+    contrast, volume = kept(blurred, true, lesion)
+    # Two Gaussians that share their centre, the sphere's with the same variance, d^2 / 20.
+    assert contrast == pytest.approx(0.12, abs=0.02)
     # 10.9 mm3 is what the sphere itself has above half, on voxels of 1 mm.
     spread = np.pi / 6 * (2.355 * np.sqrt(4 + 9 / 20)) ** 3
     assert volume == pytest.approx(spread / 10.9, rel=0.1)
