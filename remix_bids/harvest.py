@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import nibabel as nb
 import numpy as np
 
 from remix_bids.errors import InputImageError, UsageError
-from remix_bids.inputs import OTHER_DATATYPES
 from remix_bids.naming import DERIVATIVE, output_names, split_name
 from remix_bids.registration.itk import read_itk_affine
 from remix_bids.registration.score import possible, singular_values
@@ -252,34 +252,56 @@ def _published(doi: object) -> str:
 
 
 def _scans(bids_dir: Path, suffixes: Sequence[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every acquired scan with its sidecars (inherited ones included)."""
-    from bids import BIDSLayout, BIDSLayoutIndexer
+    """Every acquired scan with what its sidecars say.
 
-    ignore = [
-        re.compile(r"^/(code|derivatives|models|sourcedata|stimuli)(/|$)"),
-        re.compile(r"/\.[^/]*(/|$)"),
-        re.compile(rf"/sub-[^/]+/(ses-[^/]+/)?({OTHER_DATATYPES})(/|$)"),
-    ]
-    logging.getLogger("bidsschematools").setLevel(logging.WARNING)  # it tells which schema it takes
-    try:
-        indexer = BIDSLayoutIndexer(validate=False, ignore=ignore)
-        layout = BIDSLayout(bids_dir, validate=False, indexer=indexer)
-        files = layout.get(datatype="anat", suffix=list(suffixes), extension=[".nii", ".nii.gz"])
-    except Exception as error:  # PyBIDS raises many kinds for a dataset it cannot read
-        raise UsageError(
-            f"{bids_dir} cannot be read as a BIDS dataset: {type(error).__name__}: {error}"
-        ) from error
-    for file in sorted(files, key=lambda f: f.path):
-        path = Path(file.path)
+    Not by PyBIDS, which refuses a whole dataset for one broken sidecar.
+    """
+    for cached in (_sidecars, _read_sidecar):
+        cached.cache_clear()
+    found = [*bids_dir.glob("sub-*/anat/*.nii*"), *bids_dir.glob("sub-*/ses-*/anat/*.nii*")]
+    for path in sorted(found):
         try:
-            entities, _, _ = split_name(path)
+            entities, suffix, extension = split_name(path)
         except InputImageError as error:
             LOGGER.warning("left out: %s", error)
+            continue
+        if suffix not in suffixes or extension not in (".nii", ".nii.gz"):
             continue
         if "sub" not in entities or any(key in entities for key in DERIVATIVE):
             LOGGER.warning("left out: %s is not a scan as it was acquired", path)
             continue
-        yield path, file.get_metadata()
+        yield path, _sidecar(path, bids_dir)
+
+
+def _sidecar(scan: Path, bids_dir: Path) -> dict[str, Any]:
+    """Sidecars of a scan by BIDS' inheritance: the nearer the folder, the more it counts."""
+    entities, suffix, _ = split_name(scan)
+    below = scan.parent.relative_to(bids_dir).parts
+    content: dict[str, Any] = {}
+    for depth in range(len(below) + 1):
+        applying = []
+        for path in _sidecars(bids_dir.joinpath(*below[:depth]), suffix):
+            pairs = path.name.partition(".")[0].split("_")[:-1]
+            if set(pairs) <= {f"{key}-{value}" for key, value in entities.items()}:
+                applying.append((len(pairs), path))
+        for _, path in sorted(applying):
+            content |= _read_sidecar(path)
+    return content
+
+
+@lru_cache(maxsize=64)
+def _sidecars(folder: Path, suffix: str) -> tuple[Path, ...]:
+    return (*folder.glob(f"*_{suffix}.json"), *folder.glob(f"{suffix}.json"))
+
+
+@lru_cache(maxsize=64)  # so that one at the top is read, and warned about, once
+def _read_sidecar(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        LOGGER.warning("%s is not read: %s", path, error)
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_geometry(path: Path, sidecar: dict[str, Any]) -> Geometry:

@@ -198,6 +198,18 @@ def test_a_header_against_its_sidecar(tmp_path, caplog):
     assert "the header counts" in caplog.text
 
 
+def test_a_broken_sidecar_costs_only_what_it_says(tmp_path, caplog):
+    root = make_dataset(tmp_path / "bids", [])
+    for label in "12":
+        scan(root / f"sub-{label}" / "anat" / f"sub-{label}_T1w.nii.gz", shift=int(label))
+    (root / "T1w.json").write_text('{"SliceThickness": 4}')
+    (root / "sub-1" / "anat" / "sub-1_T1w.json").write_text("{")
+    (root / "sub-2" / "anat" / "sub-2_acq-other_T1w.json").write_text('{"SliceThickness": 1}')
+    assert main(["harvest", str(root), str(tmp_path / "bank.json")]) == 0
+    assert [g.thickness for g in load_bank(tmp_path / "bank.json")] == [4.0, 4.0]
+    assert caplog.text.count("is not read") == 1
+
+
 def test_a_licence_and_a_doi_are_kept_where_they_are_known(tmp_path):
     root = make_dataset(tmp_path / "bids", [])
     scan(root / "sub-1" / "anat" / "sub-1_T1w.nii.gz")
