@@ -178,7 +178,7 @@ def prepared(tmp_path):
     """One person made of a ball, and untrained experts, which give back the linear estimate."""
     folder = tmp_path / "prepared"
     folder.mkdir()
-    np.save(folder / "p.npy", ball(WORKING_GRID.shape, 60).astype(np.float16))
+    np.save(folder / "p.npy", ball(WORKING_GRID.shape, 45).astype(np.float16))
     (folder / "persons.json").write_text(
         '{"persons": [{"name": "p", "file": "p.npy", "split": "held_out", "head": false, '
         '"voxel_sizes": [1, 1, 1], "world": [[1,0,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1]]}]}'
