@@ -1,4 +1,4 @@
-"""remix-experts: harvest | prepare | train | export | evaluate | simulate | compare."""
+"""The tools behind the experts: acquisitions, training, checks and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from remix_bids import __version__
-from remix_bids.errors import RemixError, UsageError
+from remix_bids.errors import MissingResourceError, RemixError, UsageError
 
 
 def _recipe(path: Path | None) -> Path:
@@ -32,15 +32,32 @@ def _coverage(table: Path) -> dict[str, bool]:
 
 
 def harvest(args: argparse.Namespace) -> None:
-    """Write a bank of acquisitions from a list of header records."""
-    from remix_bids.harvest import geometries_from_records
+    """Write a bank of acquisitions: geometries of real scans, without identifiers or dates."""
+    from remix_bids.harvest import SUFFIXES, geometries_from_bids, geometries_from_records
     from remix_bids.simulation.acquisition import save_bank
 
-    bank = geometries_from_records(args.records)
+    if args.source.is_file():
+        if args.derivatives or args.suffix or args.licence:
+            raise UsageError(
+                f"{args.source} is a list of header records: DERIVATIVES, --suffix and --licence "
+                "go with a BIDS dataset"
+            )
+        bank = geometries_from_records(args.source)
+    else:
+        bank = geometries_from_bids(
+            args.source,
+            args.derivatives,
+            suffixes=args.suffix or SUFFIXES,
+            licence=args.licence,
+        )
     save_bank(bank, args.output)
     held_out = sum(g.held_out for g in bank)
+    placed = sum(g.world is not None for g in bank)
     persons = len({g.group for g in bank})
-    print(f"{len(bank)} geometries of {persons} persons, {held_out} held out: {args.output}")
+    print(
+        f"{len(bank)} geometries of {persons} persons, {placed} with an affine to MNI, "
+        f"{held_out} held out: {args.output}"
+    )
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -89,6 +106,24 @@ def export(args: argparse.Namespace) -> None:
     print(export_experts(args.trained, args.output))
 
 
+def verify(args: argparse.Namespace) -> None:
+    """Check the experts: checksums, and that this machine computes what they should."""
+    from remix_bids.experts.verify import verify as run
+
+    findings = []
+    for finding in run(args.experts_dir):
+        print(finding.text, flush=True)
+        findings.append(finding)
+    good = [f for f in findings if f.good]
+    if good and not all(f.compared for f in good):
+        print(
+            "experts.toml holds no reference outputs (older than `remix-experts verify`): only "
+            "checksums were compared."
+        )
+    if len(good) < len(findings):
+        raise MissingResourceError(f"{len(findings) - len(good)} of {len(findings)} experts failed")
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
     from remix_bids.evaluation.table import best_iterations, cases, to_markdown
@@ -118,6 +153,49 @@ def evaluate(args: argparse.Namespace) -> None:
     print(table)
 
 
+def _protocol_and_persons(args: argparse.Namespace) -> tuple[dict, list]:
+    from remix_bids.training.dataset import load_persons
+
+    shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
+    persons = load_persons(args.prepared, args.split)
+    if not persons:
+        raise UsageError(f"{args.prepared} holds no persons of the split {args.split!r}")
+    return tomllib.loads(shipped.read_text()), persons[: args.persons]
+
+
+def _write_table(args: argparse.Namespace, table: str) -> None:
+    args.output.with_suffix(".md").write_text(table + "\n")
+    print(table)
+
+
+def lesions(args: argparse.Namespace) -> None:
+    """Measure what is left of lesions of known size and contrast."""
+    from remix_bids.evaluation.lesions import run_cases, to_markdown
+    from remix_bids.evaluation.restore import write_rows
+    from remix_bids.evaluation.table import cases
+
+    protocol, persons = _protocol_and_persons(args)
+    todo = cases(persons, protocol, args.classes, [args.noise])
+    _write_table(args, to_markdown(write_rows(args.output, run_cases(todo, args.experts_dir))))
+
+
+def gates(args: argparse.Namespace) -> None:
+    """Compare the two gates on the real geometries of the bank where they differ."""
+    from remix_bids.evaluation.gates import run_gates, to_markdown
+    from remix_bids.evaluation.restore import write_rows
+
+    protocol, persons = _protocol_and_persons(args)
+    batches = run_gates(
+        persons,
+        experts_dir=args.experts_dir,
+        limit=args.geometries,
+        noise=args.noise,
+        seed=protocol["seed"],
+        erosion=protocol["erosion"],
+    )
+    _write_table(args, to_markdown(write_rows(args.output, batches)))
+
+
 def simulate(args: argparse.Namespace) -> None:
     """Make a one-subject BIDS dataset whose truth is known; it needs no data."""
     from remix_bids.demo import write_example
@@ -132,6 +210,18 @@ def compare(args: argparse.Namespace) -> None:
     print(run(args.folder, args.output))
 
 
+def _add_experiment(p: argparse.ArgumentParser, persons: int | None) -> None:
+    """Arguments that `lesions` and `gates` share."""
+    p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
+    p.add_argument("output", type=Path, help="TSV of all rows; the table goes to .md beside it")
+    p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
+    p.add_argument(
+        "--persons", type=int, default=persons, help=f"only so many (default: {persons or 'all'})"
+    )
+    p.add_argument("--noise", type=float, default=0.0, help="Rician; default: none")
+    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
+
+
 def get_parser() -> argparse.ArgumentParser:
     """The parser of ``remix-experts``."""
     parser = argparse.ArgumentParser(prog="remix-experts", description=__doc__)
@@ -139,8 +229,16 @@ def get_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("harvest", help=harvest.__doc__)
-    p.add_argument("records", type=Path, help="JSON list of header records")
+    p.add_argument("source", type=Path, help="BIDS dataset, or a JSON list of header records")
+    p.add_argument(
+        "derivatives",
+        type=Path,
+        nargs="?",
+        help="what remix-bids wrote for this dataset: its affines to MNI go into the bank",
+    )
     p.add_argument("output", type=Path, help="bank to write")
+    p.add_argument("--suffix", action="append", help="only this contrast (can be repeated)")
+    p.add_argument("--licence", help="of the dataset; default: what its description says")
     p.set_defaults(run=harvest)
 
     p = commands.add_parser("prepare", help=prepare.__doc__)
@@ -167,6 +265,10 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("output", type=Path)
     p.set_defaults(run=export)
 
+    p = commands.add_parser("verify", help=verify.__doc__)
+    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
+    p.set_defaults(run=verify)
+
     p = commands.add_parser("evaluate", help=evaluate.__doc__)
     p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
     p.add_argument("output", type=Path, help="TSV of all rows; the tables go to .md beside it")
@@ -179,6 +281,16 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
     p.add_argument("--nprocs", type=int, default=1)
     p.set_defaults(run=evaluate)
+
+    p = commands.add_parser("lesions", help=lesions.__doc__)
+    _add_experiment(p, persons=2)
+    p.add_argument("--classes", type=int, nargs="+", default=list(range(1, 8)))
+    p.set_defaults(run=lesions)
+
+    p = commands.add_parser("gates", help=gates.__doc__)
+    _add_experiment(p, persons=None)
+    p.add_argument("--geometries", type=int, help="only so many, spread over all")
+    p.set_defaults(run=gates)
 
     p = commands.add_parser("simulate", help=simulate.__doc__)
     p.add_argument("folder", type=Path, help="bids/ and truth/ are written into it")

@@ -63,6 +63,8 @@ class ExpertRecord:
         The voxel volumes it serves, mm3: lower <= volume < upper.
     anisotropy : tuple of 2 float
         Smallest and largest ratio of effective voxel sides seen in training.
+    reference : tuple of float, optional
+        What it computed where it was exported; see `remix_bids.experts.reference`.
     """
 
     name: str
@@ -71,6 +73,7 @@ class ExpertRecord:
     lower: float
     upper: float
     anisotropy: tuple[float, float] = (1.0, 9.0)
+    reference: tuple[float, ...] | None = None
 
     def check(self) -> Path:
         """Return the path of the weights after comparing their sha256.
@@ -148,6 +151,7 @@ def load_registry(directory: Path | None = None) -> Registry:
                 lower=float(row["lower"]),
                 upper=float(row["upper"]),
                 anisotropy=tuple(row.get("anisotropy", (1.0, 9.0))),
+                reference=tuple(map(float, row["reference"])) if "reference" in row else None,
             )
             for name, row in rows.items()
         )

@@ -45,6 +45,9 @@ class Geometry:
         Anonymous key of the person; geometries of one group stay on one side of a split.
     held_out : bool
         Never used for training.
+    world : tuple of 4 tuples of 4 float, optional
+        Template world to scanner world (RAS+, mm) of the person who was scanned, from an earlier
+        run of remix-bids; most rows have none.
     """
 
     shape: tuple[int, int, int]
@@ -57,6 +60,7 @@ class Geometry:
     source: str
     group: str
     held_out: bool = False
+    world: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -168,16 +172,25 @@ def load_bank(path: Path | None = None) -> list[Geometry]:
             **{
                 **row,
                 "shape": tuple(row["shape"]),
-                "affine": tuple(tuple(line) for line in row["affine"]),
+                "affine": _as_tuples(row["affine"]),
+                "world": _as_tuples(row["world"]) if "world" in row else None,
             }
         )
         for row in rows
     ]
 
 
+def _as_tuples(matrix: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(line) for line in matrix)
+
+
 def save_bank(geometries: Sequence[Geometry], path: Path) -> None:
     """Write a bank, one geometry a line so that differences can be read."""
-    rows = ",\n".join(json.dumps(asdict(g)) for g in geometries)
+    told = [asdict(g) for g in geometries]
+    for row in told:
+        if row["world"] is None:
+            del row["world"]
+    rows = ",\n".join(json.dumps(row) for row in told)
     Path(path).write_text(f'{{"format": 1, "acquisitions": [\n{rows}\n]}}\n')
 
 
@@ -220,6 +233,12 @@ def _rotation(roll: float, pitch: float, yaw: float) -> np.ndarray:
     return about_z @ about_x @ about_y
 
 
+def _rotation_of(affine: np.ndarray) -> np.ndarray:
+    """The rotation nearest to an affine."""
+    u, _, vt = np.linalg.svd(affine[:3, :3])
+    return u @ vt
+
+
 def _nearest_axes(directions: np.ndarray) -> np.ndarray:
     """The signed permutation nearest to a matrix of direction cosines."""
     out = np.zeros((3, 3))
@@ -247,6 +266,9 @@ def place(
     quarters of the draws keep only the plane of the header and tilt it by a few degrees, one
     quarter keeps the header's full rotation.
 
+    A geometry with an affine of its own lies where it really lay: its affine, the header's rotation
+    and the centre of the field of view are taken as they are, and ``person`` is not looked at.
+
     Parameters
     ----------
     geometry : Geometry
@@ -260,9 +282,11 @@ def place(
     box : bool, optional
         Profile across the slice: smoothed box or Gaussian; drawn if absent.
     centre_sd : float
-        Standard deviation of the shift of the field of view, mm.
+        Standard deviation of the shift of the field of view, mm; of no effect on a geometry with an
+        affine of its own.
     obliquity : float, optional
-        Turn by exactly this angle (degrees) about a random axis instead.
+        Turn the slices by exactly this angle (degrees) about a random axis instead, away from the
+        axes of the anatomy.
 
     Returns
     -------
@@ -273,6 +297,7 @@ def place(
     axis = slice_axis(grid)
     extent = sizes * np.array(grid.shape)
     directions = grid.affine[:3, :3] / sizes
+    own = None if geometry.world is None else np.array(geometry.world, dtype=float)
     if obliquity is not None:
         spin = rng.normal(size=3)
         spin *= np.deg2rad(obliquity) / np.linalg.norm(spin)
@@ -281,8 +306,10 @@ def place(
         ) / np.linalg.norm(spin)
         angle = np.deg2rad(obliquity)
         turn = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-        directions = turn @ _nearest_axes(directions)
-    elif rng.random() < 0.75:
+        # Without an affine of its own the head is upright in the scanner.
+        head = np.eye(3) if own is None else _rotation_of(own)
+        directions = head @ turn @ _nearest_axes(head.T @ directions)
+    elif own is None and rng.random() < 0.75:
         tilt = _rotation(rng.normal(0, 3), rng.normal(0, 8), rng.normal(0, 3))
         directions = tilt @ _nearest_axes(directions)
 
@@ -308,13 +335,17 @@ def place(
     widths *= rng.uniform(0.85, 1.1)
     is_box = bool(rng.random() < 0.5) if box is None else box
 
-    stretch = np.array(person, dtype=float)[:3, :3]
-    _, s, vt = np.linalg.svd(stretch)
-    world = np.eye(4)
-    world[:3, :3] = vt.T @ np.diag(s) @ vt
+    if own is None:
+        stretch = np.array(person, dtype=float)[:3, :3]
+        _, s, vt = np.linalg.svd(stretch)
+        world = np.eye(4)
+        world[:3, :3] = vt.T @ np.diag(s) @ vt
+        centre = world[:3, :3] @ BRAIN_CENTRE + rng.normal(0, centre_sd, 3)
+    else:
+        world = own
+        centre = (grid.affine @ [*((np.array(grid.shape) - 1) / 2), 1])[:3]
     affine = np.eye(4)
     affine[:3, :3] = directions * sizes
-    centre = world[:3, :3] @ BRAIN_CENTRE + rng.normal(0, centre_sd, 3)
     affine[:3, 3] = centre - affine[:3, :3] @ ((counts - 1) / 2)
     return Acquisition(
         Grid(tuple(counts), affine),

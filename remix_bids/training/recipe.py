@@ -16,7 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from remix_bids.experts.registry import GENERAL
+from remix_bids.experts.inference import load_expert
+from remix_bids.experts.reference import reference_output
+from remix_bids.experts.registry import GENERAL, ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import CLASS_RANGES, load_bank
 from remix_bids.training.dataset import Simulator, load_persons
@@ -100,6 +102,8 @@ def run_recipe(
 def export_experts(trained: Path, output: Path) -> Path:
     """Copy the best weights of the seven experts and the general network, and write their table.
 
+    The table also gets what each computes on a reference input, for ``remix-experts verify``.
+
     Returns
     -------
     Path
@@ -117,15 +121,18 @@ def export_experts(trained: Path, output: Path) -> Path:
         # One millimetre in-plane is the finest that is simulated, so the spacing is the volume.
         seen = CLASS_RANGES[7 if name == GENERAL else int(name)][1]
         low, high = (0.0 if name == "1" else low), (1e9 if name == "7" else high)
+        digest = hashlib.sha256((output / file).read_bytes()).hexdigest()
+        network = load_expert(ExpertRecord(name, output / file, digest, low, high))
         lines += [
             f"[expert.{name}]",
             f'file = "{file}"',
-            f'sha256 = "{hashlib.sha256((output / file).read_bytes()).hexdigest()}"',
+            f'sha256 = "{digest}"',
             f"lower = {low}",
             f"upper = {high}",
             f"anisotropy = [1.0, {seen}]",
             f"steps = {provenance['step']}",
             f"validation_gain_db = {provenance['validation_gain_db']:.3f}",
+            f"reference = {list(reference_output(network))}",
             "",
         ]
     table = output / "experts.toml"

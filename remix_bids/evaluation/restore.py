@@ -1,0 +1,87 @@
+"""What the experiments with lesions and gates share: one image seen by a scanner, and restored."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remix_bids.evaluation.methods import interpolate, run_expert
+from remix_bids.experts.inference import load_expert
+from remix_bids.experts.registry import ExpertRecord, Registry, load_registry
+from remix_bids.experts.unet import ResidualUNet
+from remix_bids.simulation.acquisition import Acquisition, from_header
+from remix_bids.simulation.degrade import acquire, add_rician_noise
+from remix_bids.simulation.estimate import linear_estimate
+from remix_bids.spatial import Grid
+
+CUBIC, ESTIMATE = "cubic", "linear estimate"
+
+
+@lru_cache(maxsize=8)
+def _network(record: ExpertRecord) -> ResidualUNet:
+    return load_expert(record)
+
+
+def registry_of(experts_dir: Path | None) -> Registry:
+    """The experts of a folder; on one thread, whose number changes the last digit."""
+    torch.set_num_threads(1)
+    return load_registry(experts_dir)
+
+
+def see(truth: Tensor, acquisition: Acquisition, noise: float, seed: Sequence[int]) -> Tensor:
+    """The native image of ``truth`` (on the working grid), with Rician noise.
+
+    Parameters
+    ----------
+    noise : float
+        In units of the foreground's 75th percentile.
+    seed : sequence of int
+        The same seed draws the same noise.
+    """
+    native = acquire(truth, acquisition)
+    if noise > 0:
+        sigma = noise * float(truth[truth > 0.1].quantile(0.75))
+        number = int(np.random.default_rng([*seed, 1]).integers(2**62))
+        native = add_rician_noise(native, sigma, torch.Generator().manual_seed(number))
+    return native
+
+
+def restore(
+    native: Tensor, acquisition: Acquisition, grid: Grid, records: Iterable[ExpertRecord]
+) -> dict[str, Tensor]:
+    """Cubic interpolation, the linear estimate, and some experts on it.
+
+    Returns
+    -------
+    dict of str to (x, y, z) tensor on ``grid``
+        Keys are `CUBIC`, `ESTIMATE` and the names of the experts.
+    """
+    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+    estimate = linear_estimate(native, told, grid)
+    results = {CUBIC: interpolate(native, acquisition, grid, "cubic"), ESTIMATE: estimate.image}
+    for record in records:
+        results[record.name] = run_expert(estimate, record, _network(record))
+    return results
+
+
+def write_rows(path: Path, batches: Iterable[Sequence[dict]]) -> list[dict]:
+    """Write rows to a TSV as they come, so that a stopped run leaves what it has; return all."""
+    rows: list[dict] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer: csv.DictWriter | None = None
+        for batch in batches:
+            if writer is None and batch:
+                writer = csv.DictWriter(file, batch[0], delimiter="\t", lineterminator="\n")
+                writer.writeheader()
+            if writer is not None:
+                writer.writerows(batch)
+            file.flush()
+            rows += batch
+    return rows

@@ -1,0 +1,32 @@
+"""The benchmarks count what they say."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def network():
+    path = Path(__file__).parents[1] / "benchmarks" / "network.py"
+    spec = importlib.util.spec_from_file_location("network_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_count_of_synthsr_is_the_published_one(network):
+    parameters, gflop = network.synthsr()
+    assert parameters / 1e6 == pytest.approx(13.24, abs=0.005)
+    assert gflop == pytest.approx(2555, abs=1)
+
+
+def test_an_expert_counted_by_hand(network):
+    """Convolutions only, on the grid padded to a multiple of 8; a multiply-add is two."""
+    a, b, c, inputs = 4, 6, 10, 3
+    half, quarter, eighth = (math.prod((24, 32, 16)) / 8**n for n in (1, 2, 3))
+    adds = 27 * half * (8 * inputs * a + a * a + 2 * a * a + a * a + 8 * a)
+    adds += 27 * quarter * (a * b + b * b + 2 * b * b + b * b) + quarter * a * b
+    adds += 27 * eighth * (b * c + c * c) + eighth * b * c
+    assert network.gigaflops((a, b, c), inputs, (20, 30, 16)) == pytest.approx(2 * adds / 1e9)

@@ -1,0 +1,226 @@
+"""Lesions and gates by identities: what nothing is lost of is kept, what is known comes back."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from remix_bids.cli.experts import main
+from remix_bids.evaluation import gates, lesions
+from remix_bids.evaluation.lesions import (
+    CONTRASTS,
+    DIAMETERS,
+    METHODS,
+    Lesion,
+    add_lesions,
+    all_lesions,
+    kept,
+    place_lesions,
+)
+from remix_bids.evaluation.restore import CUBIC, write_rows
+from remix_bids.experts.registry import load_registry
+from remix_bids.experts.unet import ResidualUNet
+from remix_bids.simulation.acquisition import load_bank
+from remix_bids.spatial import WORKING_GRID
+from remix_bids.training.trainer import save_network
+
+
+def ball(shape, radius):
+    """Bright tissue in air."""
+    axes = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in shape), indexing="ij", sparse=True)
+    return (sum(a**2 for a in axes) <= radius**2).astype(np.float32)
+
+
+@pytest.mark.parametrize("diameter", DIAMETERS)
+def test_a_sphere_has_its_volume(diameter):
+    volume = Lesion(diameter, 0.2).fraction().sum()
+    assert volume == pytest.approx(np.pi / 6 * diameter**3, rel=0.02)
+
+
+@pytest.mark.parametrize("diameter", DIAMETERS)
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_of_the_truth_all_is_kept(diameter, contrast):
+    image = torch.rand(40, 40, 40, generator=torch.Generator().manual_seed(1)) + 0.5
+    lesion = Lesion(diameter, contrast, (20, 18, 22))
+    true = add_lesions(image, [lesion]) - image
+    assert kept(true, true, lesion) == (1.0, 1.0)
+    assert kept(0.5 * true, true, lesion) == (pytest.approx(0.5), 1.0)
+    assert kept(0 * true, true, lesion) == (0.0, 0.0)
+    assert kept(-true, true, lesion) == (pytest.approx(-1.0), 0.0)
+
+
+def test_the_mean_inside_changes_by_the_contrast():
+    image = torch.rand(40, 40, 40, generator=torch.Generator().manual_seed(1)) + 0.5
+    lesion = Lesion(8.0, -0.4, (20, 20, 20))
+    inside = torch.zeros(40, 40, 40, dtype=torch.bool)
+    inside[lesion.box()] = torch.from_numpy(lesion.fraction() == 1)
+    changed = add_lesions(image, [lesion])
+    assert float((changed - image)[inside].mean()) == pytest.approx(-0.4, rel=0.02)
+    assert float((changed - image)[lesion.box()].sum()) == pytest.approx(
+        -0.4 * np.pi / 6 * 8**3, rel=0.05
+    )
+
+
+def test_blur_takes_contrast_and_spreads_volume():
+    lesion = Lesion(3.0, 0.4, (20, 20, 20))
+    true = add_lesions(torch.ones(40, 40, 40), [lesion]) - 1
+    blurred = torch.from_numpy(ndimage.gaussian_filter(true.numpy(), 2.0))
+    contrast, volume = kept(blurred, true, lesion)
+    # Two Gaussians that share their centre, the sphere's with the same variance, d^2 / 20.
+    assert contrast == pytest.approx(0.12, abs=0.02)
+    # 10.9 mm3 is what the sphere itself has above half, on voxels of 1 mm.
+    spread = np.pi / 6 * (2.355 * np.sqrt(4 + 9 / 20)) ** 3
+    assert volume == pytest.approx(spread / 10.9, rel=0.1)
+
+
+def test_only_what_hangs_together_with_the_lesion_counts():
+    lesion = Lesion(5.0, 0.4, (20, 20, 20))
+    true = add_lesions(torch.ones(40, 40, 40), [lesion]) - 1
+    other = true.clone()
+    other[20, 20, 26:28] += 5  # an artefact within the box, brighter than the lesion
+    assert kept(other, true, lesion) == (1.0, 1.0)
+
+
+def test_a_lesion_near_the_edge_is_measured():
+    lesion = Lesion(8.0, 0.4, (5, 34, 20))
+    true = add_lesions(torch.ones(40, 40, 40), [lesion]) - 1
+    assert kept(true, true, lesion) == (1.0, 1.0)
+
+
+def test_places_are_in_tissue_apart_and_found_again():
+    image = ball((120, 120, 100), 48)
+    covered = np.ones(image.shape, bool)
+    covered[:, :, :30] = False
+    volumes = place_lesions(image, covered, all_lesions(), np.random.default_rng(5))
+    assert volumes == place_lesions(image, covered, all_lesions(), np.random.default_rng(5))
+    found = [lesion for volume in volumes for lesion in volume]
+    assert sorted((f.diameter, f.contrast) for f in found) == sorted(
+        (f.diameter, f.contrast) for f in all_lesions()
+    )
+    for volume in volumes:
+        for i, one in enumerate(volume):
+            assert image[one.box(2)].all()
+            assert covered[one.box(2)].all()
+            for other in volume[:i]:
+                apart = np.linalg.norm(np.subtract(one.centre, other.centre))
+                assert apart >= (one.diameter + other.diameter) / 2 + 12
+
+
+def test_what_fits_nowhere_is_left_out(caplog):
+    image = ball((40, 40, 40), 7)
+    volumes = place_lesions(image, image > 0, all_lesions(), np.random.default_rng(5))
+    assert {f.diameter for v in volumes for f in v} <= {3.0, 5.0}
+    assert "no place" in caplog.text
+
+
+def test_the_lesion_table():
+    rows = [
+        {"person": p, "class": 4, "method": m, "diameter": d, "contrast": c,
+         "contrast_kept": d / 10 + 0.2 * (p == "b"), "volume_kept": 2.0}
+        for p in "ab" for m in METHODS for d in DIAMETERS for c in CONTRASTS
+    ]  # fmt: skip
+    table = lesions.to_markdown(rows)
+    assert "| 4 | expert | 0.40 | 0.60 | 0.90 | 1.30 |" in table
+    assert "| 4 | cubic | 2.00 | 2.00 | 2.00 | 2.00 |" in table
+    assert "| class | method | -40% | -20% | +20% | +40% |" in table
+
+
+# --- gates ---------------------------------------------------------------------------------------
+
+
+def test_gates_disagree_where_matrices_are_fine():
+    bank = [g for g in load_bank() if g.held_out]
+    found = gates.disagreements(load_registry(), bank)
+    assert len(found) > 20
+    for one in found:
+        assert one.geometry.held_out
+        assert one.geometry.grid.voxel_sizes.min() < 1
+        assert int(one.paper) < int(one.effective)
+    agreed = [g for g in bank if g.grid.voxel_sizes.min() >= 1]
+    assert not gates.disagreements(load_registry(), agreed)
+
+
+def test_the_gate_table():
+    def row(person, gate, psnr, experts="1 or 6"):
+        return {"person": person, "experts": experts, "gate": gate, "psnr": psnr}
+
+    rows = [
+        row(p, gate, v + i)
+        for i, p in enumerate("abc")
+        for gate, v in (("none", 24.0), ("paper", 25.0), ("effective", 25.5))
+    ]
+    table = gates.to_markdown(rows)
+    assert "| 1 or 6 | 3 | 25.00 | 26.00 | 26.50 | +0.50 [+0.50, +0.50] | 3/3 |" in table
+    assert "| all | 3 |" in table
+
+
+def test_rows_are_written_as_they_come(tmp_path):
+    def batches():
+        yield [{"a": 1, "b": "x"}]
+        assert (tmp_path / "rows.tsv").read_text() == "a\tb\n1\tx\n"
+        yield [{"a": 2, "b": "y"}]
+
+    assert len(write_rows(tmp_path / "rows.tsv", batches())) == 2
+
+
+@pytest.mark.parametrize("command", ["lesions", "gates"])
+def test_a_folder_without_the_persons_is_told(command, tmp_path, capsys):
+    (tmp_path / "persons.json").write_text('{"persons": []}')
+    assert main([command, str(tmp_path), str(tmp_path / "out.tsv")]) == 2
+    assert "no persons of the split 'held_out'" in capsys.readouterr().err
+    assert not (tmp_path / "out.tsv").exists()
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """One person made of a ball, and untrained experts, which give back the linear estimate."""
+    folder = tmp_path / "prepared"
+    folder.mkdir()
+    np.save(folder / "p.npy", ball(WORKING_GRID.shape, 45).astype(np.float16))
+    (folder / "persons.json").write_text(
+        '{"persons": [{"name": "p", "file": "p.npy", "split": "held_out", "head": false, '
+        '"voxel_sizes": [1, 1, 1], "world": [[1,0,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1]]}]}'
+    )
+    experts = tmp_path / "experts"
+    experts.mkdir()
+    save_network(ResidualUNet(widths=(4, 8, 8)), experts / "e.safetensors")
+    digest = hashlib.sha256((experts / "e.safetensors").read_bytes()).hexdigest()
+    (experts / "experts.toml").write_text(
+        "\n".join(
+            f'[expert.{k}]\nfile = "e.safetensors"\nsha256 = "{digest}"\n'
+            f"lower = {k - 0.5 if k > 1 else 0}\nupper = {k + 0.5 if k < 7 else 1e9}"
+            for k in range(1, 8)
+        )
+    )
+    return folder, experts
+
+
+@pytest.mark.slow
+def test_lesions_end_to_end(prepared, tmp_path):
+    folder, experts = prepared
+    out = tmp_path / "lesions.tsv"
+    args = ["lesions", folder, out, "--classes", "1", "--experts-dir", experts]
+    assert main([str(a) for a in args]) == 0
+    header, *lines = (line.split("\t") for line in out.read_text().splitlines())
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    assert len(rows) == len(METHODS) * len(DIAMETERS) * len(CONTRASTS)
+    values = {m: [float(r["contrast_kept"]) for r in rows if r["method"] == m] for m in METHODS}
+    np.testing.assert_allclose(values["expert"], values["linear estimate"], atol=1e-3)
+    large = [float(r["contrast_kept"]) for r in rows if r["diameter"] == "12.0"]
+    np.testing.assert_allclose(large, 1, atol=0.06)  # class 1 is nearly the truth
+    assert (tmp_path / "lesions.md").read_text().count("| 1 | expert |") == 3
+
+
+@pytest.mark.slow
+def test_gates_end_to_end(prepared, tmp_path):
+    folder, experts = prepared
+    out = tmp_path / "gates.tsv"
+    args = ["gates", folder, out, "--geometries", "1", "--experts-dir", experts]
+    assert main([str(a) for a in args]) == 0
+    header, *lines = (line.split("\t") for line in out.read_text().splitlines())
+    rows = {line[header.index("gate")]: line[header.index("psnr")] for line in lines}
+    assert set(rows) == {"none", "paper", "effective"}
+    assert rows["paper"] == rows["effective"]  # both experts are the identity
+    assert {line[header.index("method")] for line in lines} >= {CUBIC}
