@@ -40,6 +40,7 @@ def measure_memory(experts_dir: Path | None) -> None:
 
     from remix_bids.experts.inference import enhance, load_expert
     from remix_bids.experts.registry import load_registry
+    from remix_bids.simulation.acquisition import Sampling
     from remix_bids.spatial import WORKING_GRID
 
     torch.set_num_threads(1)
@@ -47,10 +48,10 @@ def measure_memory(experts_dir: Path | None) -> None:
     network = load_expert(record)
     rng = np.random.default_rng(0)
     image = rng.random(WORKING_GRID.shape, dtype=np.float32)
-    phase = rng.random(WORKING_GRID.shape, dtype=np.float32)
+    sampling = Sampling(np.diag([1.0, 1, 0.25, 1])[:3], np.array([1.0, 1, 4]))
     covered = np.ones(WORKING_GRID.shape, dtype=bool)
     before, start = megabytes_at_peak(), time.process_time()
-    enhance(image, covered, phase, 2, record, network=network)
+    enhance(image, covered, sampling, record, network=network)
     seconds = time.process_time() - start
     print(json.dumps({"before": before, "peak": megabytes_at_peak(), "cpu_s": seconds}))
 
@@ -73,7 +74,7 @@ def gigaflops(widths: tuple[int, ...], inputs: int, shape: tuple[int, ...]) -> f
         network = ResidualUNet(inputs, widths).eval()
         padded = [n + (-n) % network.multiple for n in shape]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.empty(1, inputs, *padded))
+            network(torch.empty(1, inputs, *padded), torch.ones(1, 3))
     return counter.get_total_flops() / 1e9
 
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filter
 
+from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.methods import run_expert
 from remix_bids.evaluation.metrics import eroded, psnr
-from remix_bids.evaluation.table import Case
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.registry import load_registry
 from remix_bids.qc import consistency, quality

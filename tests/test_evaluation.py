@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from remix_bids.evaluation.cases import cases
 from remix_bids.evaluation.methods import back_project, interpolate
-from remix_bids.evaluation.metrics import correlation, eroded, psnr, ssim
-from remix_bids.evaluation.table import (
-    METHODS,
-    best_iterations,
-    bootstrap_interval,
-    cases,
-    to_markdown,
+from remix_bids.evaluation.metrics import (
+    correlation,
+    detail_ratio,
+    eroded,
+    grown,
+    matched,
+    psnr,
+    ssim,
 )
+from remix_bids.evaluation.plot import plot
+from remix_bids.evaluation.run import METHODS
+from remix_bids.evaluation.table import best_iterations, bootstrap_interval, to_markdown
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
 from remix_bids.simulation.degrade import acquire
 from remix_bids.spatial import Grid
@@ -54,7 +59,30 @@ def test_correlation_and_ssim_of_equals():
     assert ssim(noisy, image, mask) < 0.999
 
 
-def test_erosion():
+def test_matching_undoes_gain_and_offset():
+    truth = smooth_image((16, 16, 16))
+    mask = truth > truth.mean()
+    torch.testing.assert_close(matched(3 * truth + 7, truth, mask), truth, atol=1e-4, rtol=1e-4)
+    # It never makes the error in the mask larger.
+    noisy = 0.8 * truth + torch.rand(truth.shape)
+    error, after = (((x - truth)[mask] ** 2).mean() for x in (noisy, matched(noisy, truth, mask)))
+    assert after < error
+
+
+def test_detail_ratio_counts_its_band_only():
+    mask = torch.ones(40, 40, 40, dtype=torch.bool)
+    z = torch.arange(40.0)
+    wave = {period: 2 + torch.cos(2 * np.pi * z / period).expand(40, 40, 40) for period in (4, 20)}
+    truth = wave[4] + wave[20]
+    assert detail_ratio(truth, truth, mask) == pytest.approx(1)
+    assert detail_ratio(wave[20], truth, mask) < 0.1
+    assert detail_ratio(2 * wave[4], truth, mask) == pytest.approx(4, rel=0.1)
+
+
+def test_growing_and_erosion():
+    point = torch.zeros(9, 9, 9, dtype=torch.bool)
+    point[4, 4, 4] = True
+    assert grown(point, 2).sum() == 125
     mask = torch.zeros(9, 9, 9, dtype=torch.bool)
     mask[2:7, 2:7, 2:7] = True
     assert eroded(mask, 2).sum() == 1
@@ -111,7 +139,7 @@ def rows():
     return [
         {"person": f"p{i}", "class": 4, "noise": 0.0, "method": method, "kind": "real",
          "profile": "box", "anisotropy": 4.0, "psnr": values[method] + i + 0.0,
-         "psnr_whole": 30.0, "ssim": 0.9, "correlation": 0.99}
+         "psnr_whole": 30.0, "psnr_matched": 30.0, "ssim": 0.9, "correlation": 0.99}
         for i in range(4)
         for method in METHODS
     ]  # fmt: skip
@@ -143,3 +171,20 @@ def test_tuning_takes_the_best_iteration():
         for i in range(5)
     ]
     assert best_iterations(found) == {0.0: [1, 2, 3]}
+
+
+def test_dice_and_other_programs_get_their_columns(tmp_path):
+    found = rows()
+    for row in found:
+        row |= {"dice": 0.8 if row["method"] == "expert" else 0.7, "dice_floor": 0.95}
+        row |= {"dice_manual": "", "head_detail": ""}
+    other = [row | {"method": "other", "psnr": 1.0} for row in found if row["method"] == "cubic"]
+    table = to_markdown([*found, *other])
+    assert "0.7000 | 0.8000 | 0.7000 | 0.7000 |" in table
+    assert "Dice of the segmenter with itself: 0.9500" in table
+    assert "manual" not in table
+    assert "| expert + steps | other |" in table
+    plot([*found, *other], tmp_path / "one.svg")
+    plot([*found, *other], tmp_path / "two.svg")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert "PSNR gain over cubic" in (tmp_path / "one.svg").read_text()

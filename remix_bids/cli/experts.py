@@ -124,32 +124,58 @@ def verify(args: argparse.Namespace) -> None:
         raise MissingResourceError(f"{len(findings) - len(good)} of {len(findings)} experts failed")
 
 
+def _named_commands(options: list[str]) -> dict[str, str]:
+    """``NAME=COMMAND`` options."""
+    from remix_bids.evaluation.external import parse_command
+
+    commands = {}
+    for option in options:
+        name, _, command = option.partition("=")
+        if not name or not command:
+            raise UsageError(f"--method-command {option!r}: write NAME=COMMAND")
+        parse_command(command)
+        commands[name] = command
+    return commands
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
-    from remix_bids.evaluation.table import best_iterations, cases, to_markdown
-    from remix_bids.evaluation.table import evaluate as run
+    from remix_bids.evaluation.cases import cases
+    from remix_bids.evaluation.external import parse_command
+    from remix_bids.evaluation.plot import plot
+    from remix_bids.evaluation.run import Settings
+    from remix_bids.evaluation.run import evaluate as run
+    from remix_bids.evaluation.table import best_iterations, to_markdown
     from remix_bids.training.dataset import load_persons
 
     shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
     protocol = tomllib.loads((args.protocol or shipped).read_text())
+    if args.geometries:
+        protocol["geometries_per_person"] = args.geometries
     persons = load_persons(args.prepared, args.split)
     if not persons:
         raise UsageError(f"{args.prepared} holds no persons of the split {args.split!r}")
+    if args.segmenter_command:
+        parse_command(args.segmenter_command)
     noise = protocol["noise"] if args.noise is None else args.noise
     todo = cases(persons[: args.persons], protocol, args.classes, noise)
-    rows = run(
-        todo,
+    mask = args.prepared / "strip_mask.npy"
+    settings = Settings(
         protocol,
-        args.output,
+        brain=mask if mask.is_file() else None,
         experts_dir=args.experts_dir,
         tune=args.tune,
-        nprocs=args.nprocs,
+        commands=_named_commands(args.method_command),
+        segmenter=args.segmenter_command or ("atropos" if args.dice else None),
+        labels=args.labels,
     )
+    rows = run(todo, settings, args.output, nprocs=args.nprocs)
     if args.tune:
         print(best_iterations(rows))
         return
     table = to_markdown(rows)
     args.output.with_suffix(".md").write_text(table + "\n")
+    plot(rows, args.output.with_suffix(".svg"))
     print(table)
 
 
@@ -170,9 +196,9 @@ def _write_table(args: argparse.Namespace, table: str) -> None:
 
 def lesions(args: argparse.Namespace) -> None:
     """Measure what is left of lesions of known size and contrast."""
+    from remix_bids.evaluation.cases import cases
     from remix_bids.evaluation.lesions import run_cases, to_markdown
     from remix_bids.evaluation.restore import write_rows
-    from remix_bids.evaluation.table import cases
 
     protocol, persons = _protocol_and_persons(args)
     todo = cases(persons, protocol, args.classes, [args.noise])
@@ -277,7 +303,20 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--classes", type=int, nargs="+", default=list(range(1, 8)))
     p.add_argument("--persons", type=int, help="only so many")
     p.add_argument("--noise", type=float, nargs="+", help="default: the protocol's levels")
+    p.add_argument("--geometries", type=int, help="per person and class; default: the protocol's")
     p.add_argument("--tune", action="store_true", help="find the iterations of back-projection")
+    p.add_argument("--dice", action="store_true", help="segment with ANTs Atropos")
+    p.add_argument(
+        "--segmenter-command", help="or with this: 'mri_synthseg --i {input} --o {output}'"
+    )
+    p.add_argument("--labels", type=Path, help="BIDS derivatives with manual tissue classes")
+    p.add_argument(
+        "--method-command",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="also this program: 'synthsr=mri_synthsr --i {input} --o {output}'",
+    )
     p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
     p.add_argument("--nprocs", type=int, default=1)
     p.set_defaults(run=evaluate)

@@ -20,7 +20,7 @@ from remix_bids.simulation.degrade import acquire, add_rician_noise
 from remix_bids.simulation.estimate import linear_estimate
 from remix_bids.spatial import Grid
 
-CUBIC, ESTIMATE = "cubic", "linear estimate"
+CUBIC, ESTIMATE = "cubic", "estimate"
 
 
 @lru_cache(maxsize=8)

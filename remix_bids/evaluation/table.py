@@ -1,183 +1,28 @@
-"""The evaluation: persons x classes x geometries through all methods, and the table of it."""
+"""The table of an evaluation: means by class, and paired gains with the person as the unit."""
 
 from __future__ import annotations
 
-import csv
-import multiprocessing
-import re
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from remix_bids.evaluation.methods import back_project, interpolate, run_expert
-from remix_bids.evaluation.metrics import correlation, eroded, psnr, ssim
-from remix_bids.experts.inference import load_expert
-from remix_bids.experts.registry import GENERAL, effective_voxel_volume, load_registry
-from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import (
-    CLASS_RANGES,
-    Acquisition,
-    draw_shape,
-    from_header,
-    load_bank,
-    place,
-)
-from remix_bids.simulation.degrade import acquire, add_rician_noise, restore_grid
-from remix_bids.simulation.estimate import linear_estimate, make_consistent
-from remix_bids.training.dataset import Person, crop_to_foreground
+from remix_bids.evaluation.run import METHODS
+from remix_bids.experts.registry import GENERAL
 
-METHODS = ("linear", "cubic", "estimate", "back-projection", GENERAL, "expert", "expert + steps")
 METRICS = {
     "psnr": "PSNR in dB, inside the brain",
     "psnr_whole": "PSNR in dB, all that the scan covers of the head's bounding box",
+    "psnr_matched": "PSNR in dB, inside the brain, after the best gain and offset",
     "ssim": "SSIM, inside the brain",
     "correlation": "Correlation, inside the brain",
 }
+WHERE_KNOWN = {
+    "dice": "Dice of tissue classes with those of the true image",
+    "dice_manual": "Dice of tissue classes with the manual ones",
+    "head_detail": "Gradient energy at 0.2 to 0.4 cycles/mm outside the brain, of the truth's",
+}
 SHIPS = "expert"  # named before the experts were trained: the network alone
 ANISOTROPY = ((1.0, 2.0), (2.0, 4.0), (4.0, 20.0))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One person seen through one acquisition."""
-
-    person: Person
-    klass: int
-    kind: str
-    seed: tuple[int, ...]
-    noise: float
-
-    def acquisition(self) -> Acquisition:
-        """A held-out geometry on the person; its own scale and shear."""
-        rng = np.random.default_rng(self.seed)
-        bank = [g for g in load_bank() if g.held_out]
-        low, high = CLASS_RANGES[self.klass]
-        if self.kind == "real":
-            own = [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
-            if own:
-                return place(own[rng.integers(len(own))], self.person.world, rng)
-        tilt = re.fullmatch(r"oblique(\d+)", self.kind)
-        plane = [g for g in bank if g.plane == self.kind] or bank
-        return place(
-            plane[rng.integers(len(plane))],
-            self.person.world,
-            rng,
-            shape=draw_shape(rng, self.klass),
-            obliquity=float(tilt[1]) if tilt else None,
-        )
-
-
-def cases(
-    persons: Sequence[Person], protocol: dict, classes: Sequence[int], noise: Sequence[float]
-) -> list[Case]:
-    """The cases of a protocol; the order of kinds turns with person and class."""
-    kinds = protocol["kinds"]
-    return [
-        Case(person, k, kinds[(i + k + j) % len(kinds)], (protocol["seed"], i, k, j), sigma)
-        for k in classes
-        for i, person in enumerate(persons)
-        for j in range(protocol["geometries_per_person"])
-        for sigma in noise
-    ]
-
-
-@lru_cache(maxsize=2)
-def _network(name: str, experts_dir: Path | None) -> ResidualUNet:
-    return load_expert(load_registry(experts_dir)[name])
-
-
-def run_case(case: Case, protocol: dict, experts_dir: Path | None, tune: bool) -> list[dict]:
-    """All methods on one case, one row each; or every iterate of back-projection, to tune it."""
-    torch.set_num_threads(1)
-    truth = case.person.image.float()
-    crop, grid = crop_to_foreground(truth, 64)
-    acquisition = case.acquisition()
-    native = acquire(truth, acquisition)
-    if case.noise > 0:
-        sigma = case.noise * float(truth[truth > 0.1].quantile(0.75))
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng([*case.seed, 1]).integers(2**62))
-        )
-        native = add_rician_noise(native, sigma, generator)
-    truth = truth[crop]
-    low = restore_grid(native, acquisition.grid, acquisition.world, grid)
-    mask = eroded((truth > 0.05) & low.covered, protocol["erosion"])
-    settings = protocol["back_projection"]
-    iterations = settings["iterations_noise" if case.noise else "iterations"][case.klass - 1]
-    results: dict[str, Tensor] = {}
-    if tune:
-        steps = settings["most"]
-        iterates = back_project(native, acquisition, grid, low.image, steps, settings["step"])
-        results = {"0": low.image} | {str(i): x for i, x in enumerate(iterates, 1)}
-    else:
-        iterates = back_project(native, acquisition, grid, low.image, iterations, settings["step"])
-        registry = load_registry(experts_dir)
-        name = str(case.klass)
-        # Back-projection is given the true profile, the experts only what a sidecar tells.
-        told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
-        estimate = linear_estimate(native, told, grid)
-        results["linear"] = interpolate(native, acquisition, grid, "linear")
-        results["cubic"] = low.image
-        results["estimate"] = estimate.image
-        results["back-projection"] = deque(iterates, maxlen=1).pop() if iterations else low.image
-        results[GENERAL] = run_expert(estimate, registry[GENERAL], _network(GENERAL, experts_dir))
-        results["expert"] = run_expert(estimate, registry[name], _network(name, experts_dir))
-        steps = protocol["consistency"]["steps_noise" if case.noise else "steps"]
-        results["expert + steps"] = make_consistent(results["expert"], native, told, grid, steps)
-    return [
-        {
-            "person": case.person.name,
-            "class": case.klass,
-            "kind": case.kind,
-            "voxel_sizes": " x ".join(f"{s:.2f}" for s in acquisition.grid.voxel_sizes),
-            "volume": acquisition.volume,
-            "anisotropy": round(acquisition.anisotropy, 2),
-            "profile": "box" if any(acquisition.box) else "gaussian",
-            "noise": case.noise,
-            "method": method,
-            "psnr": round(psnr(image, truth, mask), 3),
-            "psnr_whole": round(psnr(image, truth, low.covered), 3),
-            "ssim": round(ssim(image, truth, mask), 4),
-            "correlation": round(correlation(image, truth, mask), 5),
-        }
-        for method, image in results.items()
-    ]
-
-
-def _job(arguments: tuple[Case, dict, Path | None, bool]) -> list[dict]:
-    return run_case(*arguments)
-
-
-def evaluate(
-    all_cases: Sequence[Case],
-    protocol: dict,
-    output: Path,
-    *,
-    experts_dir: Path | None = None,
-    tune: bool = False,
-    nprocs: int = 1,
-) -> list[dict]:
-    """Run all cases and write their rows to a TSV as they come; see `run_case`."""
-    rows: list[dict] = []
-    jobs = [(case, protocol, experts_dir, tune) for case in all_cases]
-    context = multiprocessing.get_context("spawn")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file, context.Pool(nprocs) as pool:
-        writer: csv.DictWriter | None = None
-        for done in pool.imap(_job, jobs):
-            if writer is None:
-                writer = csv.DictWriter(file, done[0], delimiter="\t", lineterminator="\n")
-                writer.writeheader()
-            writer.writerows(done)
-            file.flush()
-            rows += done
-    return rows
 
 
 def by_person(rows: Sequence[dict], metric: str, **where: object) -> dict[str, float]:
@@ -220,6 +65,16 @@ def to_markdown(rows: Sequence[dict]) -> str:
         mine = [row for row in rows if float(row["noise"]) == noise]
         for metric, label in METRICS.items():
             lines += [f"**{label}, {title}**", "", *_means(mine, metric), ""]
+        for metric, label in WHERE_KNOWN.items():
+            known = [row for row in mine if row.get(metric) not in (None, "")]
+            if known:
+                lines += [f"**{label}, {title}**", "", *_means(known, metric), ""]
+        floors = {row["person"]: float(row["dice_floor"]) for row in mine if row.get("dice_floor")}
+        if floors:
+            lines += [
+                f"Dice of the segmenter with itself: {np.mean(list(floors.values())):.4f}",
+                "",
+            ]
         for metric in ("psnr", "ssim", "correlation"):
             lines += [
                 f"**Gain of the expert in {metric}, {title}** (mean over persons, 95 % bootstrap "
@@ -238,7 +93,14 @@ def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in body)]
 
 
-def _classes(rows: Sequence[dict]) -> list[int]:
+def methods_of(rows: Sequence[dict]) -> list[str]:
+    """The methods of a table, ours first."""
+    found = dict.fromkeys(str(row["method"]) for row in rows)
+    return [m for m in METHODS if m in found] + [m for m in found if m not in METHODS]
+
+
+def classes_of(rows: Sequence[dict]) -> list[int]:
+    """The classes of a table."""
     return sorted({int(row["class"]) for row in rows})
 
 
@@ -249,18 +111,18 @@ def _means(rows: Sequence[dict], metric: str) -> list[str]:
         [
             [
                 np.mean(list(by_person(rows, metric, method=m, **{"class": k}).values()))
-                for m in METHODS
+                for m in methods_of(rows)
             ]
-            for k in _classes(rows)
+            for k in classes_of(rows)
         ]
     )
     body = [
         [name, *(f"{v:.{digits}f}" for v in line)]
         for name, line in zip(
-            [*map(str, _classes(rows)), "mean"], [*values, values.mean(axis=0)], strict=True
+            [*map(str, classes_of(rows)), "mean"], [*values, values.mean(axis=0)], strict=True
         )
     ]
-    return _table(["class", *METHODS], body)
+    return _table(["class", *methods_of(rows)], body)
 
 
 def paired_gain(rows: Sequence[dict], metric: str, base: str, **where: object) -> list[float]:
@@ -280,11 +142,11 @@ def _cell(gain: Sequence[float], digits: int) -> str:
 
 
 def _gains(rows: Sequence[dict], metric: str) -> list[str]:
-    others = [m for m in METHODS if m != SHIPS]
+    others = [m for m in methods_of(rows) if m != SHIPS]
     digits = 2 if metric == "psnr" else 4
     body = [
         [str(k), *(_cell(paired_gain(rows, metric, m, **{"class": k}), digits) for m in others)]
-        for k in _classes(rows)
+        for k in classes_of(rows)
     ]
     return _table(["class", *others], body)
 

@@ -27,13 +27,15 @@ def _uniform(count: int, seed: int) -> np.ndarray:
     return (np.random.PCG64(seed).random_raw(count) >> 11) * 2.0**-53
 
 
-def reference_input() -> Tensor:
-    """Blobs in thick slices, a margin that was not acquired, the phase of slices 4 mm apart.
+def reference_input() -> tuple[Tensor, Tensor]:
+    """Blobs in thick slices, a margin that was not acquired, slices 4 mm apart.
 
     Returns
     -------
-    (3, 40, 32, 48) float32 tensor
+    (5, 40, 32, 48) float32 tensor
         Channels as in `remix_bids.experts.unet.INPUTS`.
+    (3,) tensor
+        Voxel sizes, mm.
     """
     x, y, z = np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij", sparse=True)
     image = np.zeros(SHAPE)
@@ -44,15 +46,16 @@ def reference_input() -> Tensor:
     image = image + 0.05 * _uniform(image.size, SEED + 1).reshape(SHAPE)
     covered = np.broadcast_to((z >= 4) & (z < 44), SHAPE)
     phase = np.broadcast_to(np.cos(2 * np.pi * z / 4), SHAPE)
-    channels = np.stack([image * covered, covered, phase * covered])
-    return torch.from_numpy(channels.astype(np.float32))
+    no_phase = np.zeros(SHAPE)
+    channels = np.stack([image * covered, covered, no_phase, no_phase, phase * covered])
+    return torch.from_numpy(channels.astype(np.float32)), torch.tensor([1.0, 1.0, 4.0])
 
 
 def reference_output(network: ResidualUNet) -> tuple[float, ...]:
     """What a network adds to the reference input: root mean square, mean, and some voxels."""
-    inputs = reference_input()
+    inputs, sizes = reference_input()
     torch.set_num_threads(1)  # as in the app: their number changes the last digit
-    added = (predict(network, inputs) - inputs[0]).double().flatten()
+    added = (predict(network, inputs, sizes) - inputs[0]).double().flatten()
     places = (_uniform(POINTS, SEED + 2) * len(added)).astype(int)
     values = [added.square().mean().sqrt(), added.mean(), *added[places.tolist()]]
     return tuple(float(f"{float(v):.9g}") for v in values)

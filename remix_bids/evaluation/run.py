@@ -1,0 +1,234 @@
+"""Running an evaluation: every method on every case, one row each."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import nibabel as nb
+import numpy as np
+import torch
+from torch import Tensor
+
+from remix_bids.evaluation.cases import Case
+from remix_bids.evaluation.external import run_command
+from remix_bids.evaluation.methods import back_project, interpolate
+from remix_bids.evaluation.metrics import (
+    correlation,
+    detail_ratio,
+    eroded,
+    grown,
+    matched,
+    psnr,
+    ssim,
+)
+from remix_bids.evaluation.restore import CUBIC, ESTIMATE, registry_of, restore, see, write_rows
+from remix_bids.evaluation.segmenters import (
+    Segmenter,
+    atropos,
+    dice,
+    external,
+    moved_and_back,
+    nearest,
+    tissue_means,
+)
+from remix_bids.experts.registry import GENERAL
+from remix_bids.simulation.acquisition import Acquisition, from_header
+from remix_bids.simulation.degrade import restore_grid
+from remix_bids.simulation.estimate import make_consistent
+from remix_bids.spatial import Grid, index_map
+from remix_bids.training.dataset import Person, crop_to_foreground
+
+BACK_PROJECTION, EXPERT, CONSISTENT = "back-projection", "expert", "expert + steps"
+FOREGROUND = 0.05  # of bright tissue
+METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, GENERAL, EXPERT, CONSISTENT)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How cases are run.
+
+    Attributes
+    ----------
+    protocol : dict
+    brain : Path, optional
+        ``strip_mask.npy``: where the brain of a head lies on the working grid.
+    experts_dir : Path, optional
+        The shipped experts by default.
+    tune : bool
+        Every iterate of back-projection instead of all methods.
+    commands : mapping of str to str
+        Other programs by name; see `remix_bids.evaluation.external`.
+    segmenter : str, optional
+        'atropos', or a command; absent: no Dice.
+    labels : Path, optional
+        BIDS derivatives with manual tissue classes.
+    """
+
+    protocol: dict
+    brain: Path | None = None
+    experts_dir: Path | None = None
+    tune: bool = False
+    commands: Mapping[str, str] = field(default_factory=dict)
+    segmenter: str | None = None
+    labels: Path | None = None
+
+
+def _restored(
+    case: Case, native: Tensor, acquisition: Acquisition, grid: Grid, settings: Settings
+) -> dict[str, Tensor]:
+    """What every method makes of a native image."""
+    protocol = settings.protocol
+    how = protocol["back_projection"]
+    noisy = "_noise" if case.noise else ""
+    iterations = how["most"] if settings.tune else how[f"iterations{noisy}"][case.klass - 1]
+    start = interpolate(native, acquisition, grid, "cubic")
+    iterates = back_project(native, acquisition, grid, start, iterations, how["step"])
+    if settings.tune:
+        return {"0": start} | {str(i): x for i, x in enumerate(iterates, 1)}
+    registry = registry_of(settings.experts_dir)
+    found = restore(native, acquisition, grid, [registry[GENERAL], registry[str(case.klass)]])
+    found[EXPERT] = found.pop(str(case.klass))
+    found["linear"] = interpolate(native, acquisition, grid, "linear")
+    found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else start
+    # Back-projection is given the true profile, the experts only what header and sidecar tell.
+    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+    steps = protocol["consistency"][f"steps{noisy}"]
+    found[CONSISTENT] = make_consistent(found[EXPERT], native, told, grid, steps)
+    for name, command in settings.commands.items():
+        data, source = run_command(command, native.numpy(), acquisition.grid)
+        found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
+    return {name: found[name] for name in (*METHODS, *settings.commands)}
+
+
+@lru_cache(maxsize=1)
+def _brain(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+@dataclass(frozen=True)
+class TrueClasses:
+    """Tissue classes of one person's true image, and how to find them in other images.
+
+    Attributes
+    ----------
+    segment : Segmenter
+    mask : (x, y, z) bool array
+        Brain.
+    means : list of float
+        Where the segmenter starts.
+    labels : (x, y, z) array
+        In the true image.
+    floor : float
+        Dice of ``labels`` and those of the true image moved by half a voxel and back.
+    manual : (x, y, z) array or None
+    """
+
+    segment: Segmenter
+    mask: np.ndarray
+    means: list[float]
+    labels: np.ndarray
+    floor: float
+    manual: np.ndarray | None
+
+    def compare(self, image: Tensor, inside: np.ndarray) -> dict[str, float | str]:
+        """Dice of what is found in another image, inside a mask; '' without manual labels."""
+        found = self.segment(image.clamp(min=0).numpy(), self.mask, self.means)
+        manual = "" if self.manual is None else round(dice(found, self.manual, inside), 4)
+        return {
+            "dice": round(dice(found, self.labels, inside), 4),
+            "dice_floor": round(self.floor, 4),
+            "dice_manual": manual,
+        }
+
+
+_kept: dict[str, TrueClasses] = {}
+"""Of the last person in this process: cases are run person by person."""
+
+
+def _true_classes(person: Person, truth: Tensor, grid: Grid, settings: Settings) -> TrueClasses:
+    if person.name not in _kept:
+        _kept.clear()
+        image = truth.numpy()
+        mask = image > FOREGROUND
+        means = tissue_means(image, mask)
+        command = settings.segmenter or "atropos"
+        segment = atropos if command == "atropos" else external(command, grid)
+        labels = segment(image, mask, means)
+        again = segment(moved_and_back(image, np.random.default_rng(0)), mask, means)
+        floor = dice(labels, again, mask)
+        manual = manual_classes(settings.labels, person, grid) if settings.labels else None
+        _kept[person.name] = TrueClasses(segment, mask, means, labels, floor, manual)
+    return _kept[person.name]
+
+
+def manual_classes(folder: Path, person: Person, grid: Grid) -> np.ndarray:
+    """Manual tissue classes (``*_desc-tissues_dseg.nii.gz``) of a person on a template grid."""
+    name = f"sub-{person.name}"
+    image = nb.load(folder / name / "anat" / f"{name}_desc-tissues_dseg.nii.gz")
+    labels = np.asanyarray(image.dataobj).astype(np.int16).reshape(image.shape[:3])
+    x, y, z = labels.shape
+    mapping = index_map(grid, Grid((x, y, z), image.affine), person.world)
+    return nearest(labels, mapping, grid.shape)
+
+
+def run_case(case: Case, settings: Settings) -> list[dict]:
+    """All methods on one case, one row each; or every iterate of back-projection, to tune it."""
+    truth = case.person.image.float()
+    crop, grid = crop_to_foreground(truth, 64)
+    acquisition = case.acquisition()
+    native = see(truth, acquisition, case.noise, case.seed)
+    brain = truth > FOREGROUND
+    if case.person.head and settings.brain is not None:
+        brain &= _brain(settings.brain)
+    truth, brain = truth[crop], brain[crop]
+    low = restore_grid(native, acquisition.grid, acquisition.world, grid)
+    mask = eroded(brain & low.covered, settings.protocol["erosion"])
+    outside = low.covered & ~grown(brain, 5) & (truth > FOREGROUND)
+    about = {
+        "person": case.person.name,
+        "class": case.klass,
+        "kind": case.kind,
+        "voxel_sizes": " x ".join(f"{s:.2f}" for s in acquisition.grid.voxel_sizes),
+        "volume": acquisition.volume,
+        "anisotropy": round(acquisition.anisotropy, 2),
+        "profile": "box" if any(acquisition.box) else "gaussian",
+        "noise": case.noise,
+    }
+    rows = []
+    for method, image in _restored(case, native, acquisition, grid, settings).items():
+        row = about | {
+            "method": method,
+            "psnr": round(psnr(image, truth, mask), 3),
+            "psnr_whole": round(psnr(image, truth, low.covered), 3),
+            "psnr_matched": round(psnr(matched(image, truth, mask), truth, mask), 3),
+            "ssim": round(ssim(image, truth, mask), 4),
+            "correlation": round(correlation(image, truth, mask), 5),
+            "head_detail": "",
+        }
+        if case.person.head:
+            row["head_detail"] = round(detail_ratio(image, truth, outside), 4)
+        if settings.segmenter and case.first and not settings.tune and not case.person.head:
+            classes = _true_classes(case.person, truth, grid, settings)
+            row |= classes.compare(image, mask.numpy())
+        elif settings.segmenter:
+            row |= {"dice": "", "dice_floor": "", "dice_manual": ""}
+        rows.append(row)
+    return rows
+
+
+def _job(arguments: tuple[Case, Settings]) -> list[dict]:
+    return run_case(*arguments)
+
+
+def evaluate(
+    cases: Sequence[Case], settings: Settings, output: Path, *, nprocs: int = 1
+) -> list[dict]:
+    """Run all cases and write their rows to a TSV as they come; see `run_case`."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(nprocs) as pool:
+        return write_rows(output, pool.imap(_job, [(case, settings) for case in cases]))
