@@ -22,8 +22,8 @@ COPY requirements.txt /build/
 # Below "Checks and tests" stands what only developers need. torch goes first and alone, so that its
 # index serves nothing else.
 RUN sed '/^# Checks and tests/,$d' /build/requirements.txt > /build/runtime.txt \
-    && python -m venv --without-pip /opt/venv \
-    && pip="python -m pip --python /opt/venv/bin/python install --no-cache-dir ${PIP_ARGS}" \
+    && python -m venv --without-pip /app/venv \
+    && pip="python -m pip --python /app/venv/bin/python install --no-cache-dir ${PIP_ARGS}" \
     && $pip ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} "$(grep '^torch==' /build/runtime.txt)" \
     && $pip -r /build/runtime.txt
 
@@ -36,7 +36,7 @@ FROM environment AS template-home
 ARG TEMPLATES=templateflow
 COPY docker/templates.py /build/
 RUN --mount=type=bind,from=templates,target=/given \
-    /opt/venv/bin/python /build/templates.py /given /opt/templateflow "${TEMPLATES}"
+    /app/venv/bin/python /build/templates.py /given /app/templateflow "${TEMPLATES}"
 
 # --- the wheel of remix-bids ----------------------------------------------------------------------
 FROM ${BASE} AS wheel
@@ -46,17 +46,17 @@ RUN python -m pip wheel --no-cache-dir --no-deps ${PIP_ARGS} --wheel-dir /wheel 
 
 # --- what is shipped ------------------------------------------------------------------------------
 FROM ${BASE} AS runtime
-COPY --from=environment /opt/venv /opt/venv
-COPY --from=template-home /opt/templateflow /opt/templateflow
+COPY --from=environment /app/venv /app/venv
+COPY --from=template-home /app/templateflow /app/templateflow
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-deps --no-index /wheel/*.whl
+    python -m pip --python /app/venv/bin/python install --no-cache-dir --no-deps --no-index /wheel/*.whl
 
 # HOME is a place where any user may write, also where nothing but /tmp can be written to. The
 # thread counts are those of the app's own settings: it starts as many processes as it may.
-ENV PATH=/opt/venv/bin:$PATH \
-    HOME=/tmp \
-    MPLCONFIGDIR=/tmp/matplotlib \
-    TEMPLATEFLOW_HOME=/opt/templateflow \
+ENV HOME=/tmp
+ENV PATH=/app/venv/bin:$PATH \
+    MPLCONFIGDIR=$HOME/matplotlib \
+    TEMPLATEFLOW_HOME=/app/templateflow \
     TEMPLATEFLOW_AUTOUPDATE=off \
     OMP_NUM_THREADS=1 \
     OPENBLAS_NUM_THREADS=1 \

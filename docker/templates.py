@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 SPACE = "MNI152Lin"
-# Size and MD5 of each file, as TemplateFlow's archive (github.com/templateflow/tpl-MNI152Lin) keys it.
+# Size and MD5 of each file: its key in the archive github.com/templateflow/tpl-MNI152Lin.
 PUBLISHED = {
     f"tpl-{SPACE}_res-01_T1w.nii.gz": (10669511, "8676d4e6f18f2a76906f279b3fec3ebb"),
     f"tpl-{SPACE}_res-01_desc-brain_mask.nii.gz": (131839, "6a80080a52e92a58540d0103af422275"),

@@ -43,7 +43,7 @@ def _control_groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
         lines = []
     places = {root: "/", root / controller: "/"}
     for line in lines:
-        _, names, path = (line.split(":", 2) + ["", ""])[:3]
+        _, names, path = ([*line.split(":", 2), "", ""])[:3]
         if not names:
             places.update({root: path, root / "unified": path})
         elif controller in names.split(","):
@@ -77,7 +77,7 @@ def cgroup_memory_gb(root: Path = CGROUP, own: Path = OWN_CGROUP) -> float | Non
 
 
 def _slurm(environ: Mapping[str, str], *names: str) -> int | None:
-    """The first of some Slurm variables that holds a number above 0 (0 stands for all of a node)."""
+    """The first of some Slurm variables that holds a number above 0 (0 means a whole node)."""
     for name in names:
         match = re.match(r"[0-9]+", environ.get(name, ""))  # also of "2(x3)": 2 on each of 3 nodes
         if match and int(match[0]):
