@@ -209,7 +209,7 @@ def test_dataset_files(tmp_path):
     assert description["GeneratedBy"][0]["Name"] == "remix-bids"
     assert description["DatasetLinks"]["raw"].startswith("file:///")
     assert " " not in description["DatasetLinks"]["raw"]
-    assert description["SourceDatasets"] == [{"URL": "doi:10.1/x"}]
+    assert description["SourceDatasets"] == [{"URL": "https://doi.org/10.1/x", "DOI": "10.1/x"}]
     lines = (out / ".bidsignore").read_text().splitlines()
     assert lines[:2] == ["mine", "logs"]
     assert sorted(lines) == sorted({"mine", *IGNORED})
