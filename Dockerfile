@@ -38,18 +38,19 @@ COPY docker/templates.py /build/
 RUN --mount=type=bind,from=templates,target=/given \
     /app/venv/bin/python /build/templates.py /given /app/templateflow "${TEMPLATES}"
 
-# --- the wheel of remix-bids ----------------------------------------------------------------------
-FROM ${BASE} AS wheel
+# --- remix-bids itself: its wheel, unpacked as it will lie in the environment ----------------------
+FROM environment AS package
 ARG PIP_ARGS=
-COPY . /build/
-RUN python -m pip wheel --no-cache-dir --no-deps ${PIP_ARGS} --wheel-dir /wheel /build
+COPY . /build/source
+RUN python -m pip wheel --no-cache-dir --no-deps ${PIP_ARGS} --wheel-dir /build/wheel /build/source \
+    && python -m pip --python /app/venv/bin/python install --no-cache-dir --no-deps --no-index \
+       --prefix /package /build/wheel/*.whl
 
 # --- what is shipped ------------------------------------------------------------------------------
 FROM ${BASE} AS runtime
 COPY --from=environment /app/venv /app/venv
 COPY --from=template-home /app/templateflow /app/templateflow
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    python -m pip --python /app/venv/bin/python install --no-cache-dir --no-deps --no-index /wheel/*.whl
+COPY --from=package /package /app/venv
 
 # HOME is a place where any user may write, also where nothing but /tmp can be written to. The
 # thread counts are those of the app's own settings: it starts as many processes as it may.
