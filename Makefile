@@ -13,7 +13,7 @@ ARGS ?=
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-data lint clean
+.PHONY: help venv demo test test-data lint clean container-test
 
 help:
 	@echo "make demo                      a simulated thick-slice scan, with figures of merit (no data needed)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-data DATA=DIR        the app on real scans"
 	@echo "make lint                      ruff and mypy only"
 	@echo "make venv                      only set up $(VENV)"
+	@echo "make container-test            build the container image and check it (podman or docker; docker/test.sh)"
 	@echo "make clean                     remove what make and the demo have made"
 	@echo "TORCH_INDEX=URL                take torch from there, PYTHON=python3.12: use this Python"
 
@@ -62,6 +63,9 @@ test: lint
 test-data: $(READY)
 	@test -d "$(DATA)/clinical" || { echo "$(DATA) holds no clinical/; name the folder of the real sets: make test-data DATA=..."; exit 2; }
 	REMIX_BIDS_TEST_DATA="$(DATA)" $(BIN)/python -m pytest -m data tests/test_data.py --durations=5
+
+container-test:
+	docker/test.sh
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
