@@ -151,7 +151,7 @@ def found(first):
     """What a pipeline finds when it asks PyBIDS."""
     layout = BIDSLayout(first.folder / "bids", derivatives=first.out)
     query = {"scope": "remix-bids", "desc": "remix", "suffix": "T1w", "extension": ".nii.gz"}
-    return layout, layout.get(**query, space=NILEARN_SPACE, resolution=1)
+    return layout, layout.get(**query, space=NILEARN_SPACE)
 
 
 def test_derivative_is_found_by_query(first, found):
@@ -160,9 +160,8 @@ def test_derivative_is_found_by_query(first, found):
     assert image.get_metadata()["Expert"] in (5, "5")
     assert image.get_metadata()["Sources"] == [f"bids:raw:{SCAN}"]
     assert not layout.get(scope="raw", desc="remix")
-    (transform,) = layout.get(
-        scope="remix-bids", suffix="xfm", from_="T1w", **{"to": NILEARN_SPACE}
-    )
+    way = {"from": "T1w", "to": NILEARN_SPACE}
+    (transform,) = layout.get(scope="remix-bids", suffix="xfm", **way)
     assert transform.entities["mode"] == "image"
 
 
