@@ -13,15 +13,19 @@ fail() { say "FAILED: $*" >&2; exit 1; }
 
 engine=${ENGINE:-$(command -v podman || command -v docker || true)}
 [ -n "$engine" ] || fail "neither podman nor docker is installed here, so that there is nothing to check with"
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch" 2>/dev/null || "$engine" unshare rm -rf "$scratch"' EXIT
-
 image=${IMAGE:-}
 if [ -z "$image" ]; then
     image=remix-bids:container-test
     # shellcheck disable=SC2086 # several arguments
     "$engine" build ${BUILD:-} --build-arg REVISION="$(git rev-parse --short HEAD)" -t "$image" .
 fi
+
+scratch=$(mktemp -d)
+cleanup() { # with the engine, because some of it belongs to other users
+    "$engine" run --rm -v "$scratch:/scratch" --user 0 --entrypoint sh "$image" -c 'rm -rf /scratch/*'
+    rm -rf "$scratch"
+}
+trap cleanup EXIT
 
 size=$(($("$engine" image inspect --format '{{.Size}}' "$image") / 1000000))
 [ "$size" -lt "${LIMIT_MB:-3000}" ] || fail "the image has $size MB"
