@@ -33,7 +33,7 @@ say "size $size MB; the ten largest parts (MB):"
 inside() { "$engine" run --rm --network=none --read-only --tmpfs /tmp --entrypoint sh "$image" -c "$1"; }
 inside 'du -xsm /usr /app/venv/bin /app/templateflow /app/venv/lib/python3*/site-packages/* | sort -rn | head -n 10'
 left=$(inside 'for tool in cc gcc g++ make ld pytest mypy ruff; do command -v $tool; done
-    find / -xdev -path /proc -prune -o \( -path "*/.cache/*" -o -path "/var/lib/apt/lists/*" \) -type f -print' || true)
+    find / -xdev -path /proc -prune -o \( -path "*/.cache/*" -o -path "/var/lib/apt/lists/*" \) -type f -size +0 -print' || true)
 [ -z "$left" ] || fail "compilers, test tools or caches are left in the image: $left"
 
 # Anybody, without a network, with nothing but the output folder and /tmp to write to.
@@ -51,7 +51,7 @@ else
         "$image" simulate /scratch/demo
     data=$scratch/demo/bids options=(--output-spaces MNI152NLin2009aSym)
 fi
-checksums() { (cd "$data" && find . -type f -print0 | sort -z | xargs -0 sha256sum); }
+checksums() { (cd "$data" && find . -type f -size +0 -print0 | sort -z | xargs -0 sha256sum); }
 before=$(checksums)
 run --dry-run "${options[@]}" > "$scratch/dry.txt" || { cat "$scratch/dry.txt"; fail "the dry run"; }
 run "${options[@]}" | tee "$scratch/run.txt" || fail "the run"
