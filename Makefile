@@ -13,7 +13,7 @@ ARGS ?=
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-data test-browser lint clean
+.PHONY: help venv demo test test-data test-browser container-test lint clean
 
 help:
 	@echo "make demo                      a simulated thick-slice scan, with figures of merit (no data needed)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-browser              reports in a real browser (needs chromium and chromedriver)"
 	@echo "make lint                      ruff and mypy only"
 	@echo "make venv                      only set up $(VENV)"
+	@echo "make container-test            build the container image and check it (podman or docker; docker/test.sh)"
 	@echo "make clean                     remove what make and the demo have made"
 	@echo "TORCH_INDEX=URL                take torch from there, PYTHON=python3.12: use this Python"
 
@@ -68,6 +69,9 @@ test-data: $(READY)
 PAGES ?=
 test-browser: $(READY)
 	REMIX_BIDS_TEST_PAGES="$(PAGES)" $(BIN)/python -m pytest -m browser tests/test_browser.py
+
+container-test:
+	docker/test.sh
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

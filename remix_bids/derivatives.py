@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +69,38 @@ def write_dataset_files(output_dir: Path, bids_dir: Path) -> None:
         The results, and the dataset they come from (linked as ``raw``).
     """
     raw = _read_json(bids_dir / "dataset_description.json")
-    source: dict[str, str] = {}
-    if raw.get("DatasetDOI"):
-        source["URL"] = str(raw["DatasetDOI"])
-    maker: dict[str, Any] = {"Name": NAME, "Version": __version__}
-    if os.environ.get("REMIX_BIDS_CONTAINER"):  # set in the image, for example docker:name:tag
-        kind, _, tag = os.environ["REMIX_BIDS_CONTAINER"].partition(":")
-        maker["Container"] = {"Type": kind, "Tag": tag}
+    maker: dict[str, Any] = {"Name": NAME, "Version": __version__, **_container()}
     description: dict[str, Any] = {
         "Name": f"{NAME}: super-resolved T1w images of {raw.get('Name') or bids_dir.name}",
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [maker],
         "DatasetLinks": {"raw": bids_dir.resolve().as_uri()},
+        "SourceDatasets": [_source(raw, bids_dir)],
     }
-    if source:
-        description["SourceDatasets"] = [source]
     if raw.get("License"):
         description["License"] = raw["License"]
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     write_text(output_dir / "dataset_description.json", text)
     _write_bidsignore(output_dir / ".bidsignore")
+
+
+def _container(environ: Mapping[str, str] = os.environ) -> dict[str, dict[str, str]]:
+    """The image that this runs in; it says its own name, for example docker:remix-bids:0.1.0."""
+    kind, _, tag = environ.get("REMIX_BIDS_CONTAINER", "").partition(":")
+    if not tag:
+        return {}
+    if environ.get("APPTAINER_CONTAINER") or environ.get("SINGULARITY_CONTAINER"):
+        kind = "singularity"  # the same image, run by another engine
+    return {"Container": {"Type": kind, "Tag": tag}}
+
+
+def _source(raw: dict[str, Any], bids_dir: Path) -> dict[str, str]:
+    """Where the input comes from: its DOI when it has one, the folder otherwise."""
+    doi = re.sub(r"^(doi:|https?://(dx\.)?doi\.org/)", "", str(raw.get("DatasetDOI") or ""))
+    if doi:
+        return {"URL": f"https://doi.org/{doi}", "DOI": doi}
+    return {"URL": bids_dir.resolve().as_uri()}
 
 
 def _write_bidsignore(path: Path) -> None:

@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from remix_bids.errors import UsageError
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def _read_int(path: Path) -> int | None:
@@ -23,49 +24,107 @@ def _read_int(path: Path) -> int | None:
         return None
 
 
-def cgroup_cpus(root: Path = CGROUP) -> int | None:
-    """Processors that the control group allows (v2, then v1), None when there is no limit."""
+def _control_groups(controller: str, root: Path, own: Path) -> Iterator[Path]:
+    """Folders of this process's control group and of all above it, whose limits hold as well.
+
+    Parameters
+    ----------
+    controller : {'cpu', 'memory'}
+    root : Path
+        Where control groups are mounted: version 2, version 1 (one folder for each controller), or
+        both (version 2 in ``unified``).
+    own : Path
+        ``/proc/self/cgroup``. In a container it may tell the host's path, while only the
+        container's own part is mounted: what is not there is passed over.
+    """
     try:
-        quota, period = (root / "cpu.max").read_text().split()
-        return None if quota == "max" else max(1, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    limit = _read_int(root / "cpu/cpu.cfs_quota_us")
-    period_us = _read_int(root / "cpu/cpu.cfs_period_us")
-    if limit and period_us and limit > 0:
-        return max(1, math.ceil(limit / period_us))
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    places = {root: "/", root / controller: "/"}
+    for line in lines:
+        _, names, path = ([*line.split(":", 2), "", ""])[:3]
+        if not names:
+            places.update({root: path, root / "unified": path})
+        elif controller in names.split(","):
+            places.update({root / controller: path, root / names: path})
+    for mount, path in places.items():
+        inside = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(inside), -1, -1):
+            yield mount.joinpath(*inside[:depth])
+
+
+def cgroup_cpus(root: Path = CGROUP, own: Path = OWN_CGROUP) -> int | None:
+    """Processors that the control groups (v1 or v2) allow, None when there is no limit."""
+    limits = []
+    for group in _control_groups("cpu", root, own):
+        try:
+            quota, period = (int(word) for word in (group / "cpu.max").read_text().split())
+        except (OSError, ValueError):  # not version 2, or "max"
+            quota = _read_int(group / "cpu.cfs_quota_us") or -1
+            period = _read_int(group / "cpu.cfs_period_us") or 0
+        if quota > 0 and period > 0:
+            limits.append(max(1, math.ceil(quota / period)))
+    return min(limits, default=None)
+
+
+def cgroup_memory_gb(root: Path = CGROUP, own: Path = OWN_CGROUP) -> float | None:
+    """Memory (GiB) that the control groups (v1 or v2) allow, None when there is no limit."""
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    groups = _control_groups("memory", root, own)
+    limits = [_read_int(group / name) for group in groups for name in names]
+    return min((limit / 1024**3 for limit in limits if limit), default=None)
+
+
+def _slurm(environ: Mapping[str, str], *names: str) -> int | None:
+    """The first of some Slurm variables that holds a number above 0 (0 means a whole node)."""
+    for name in names:
+        match = re.match(r"[0-9]+", environ.get(name, ""))  # also of "2(x3)": 2 on each of 3 nodes
+        if match and int(match[0]):
+            return int(match[0])
     return None
 
 
+def slurm_cpus(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Processors that Slurm has allotted to this task, None when it is not a Slurm job."""
+    return _slurm(environ, "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_JOB_CPUS_PER_NODE")
+
+
+def slurm_memory_gb(environ: Mapping[str, str] = os.environ) -> float | None:
+    """Memory (GiB) that Slurm has allotted to this job on this node, None when it does not say."""
+    per_node = _slurm(environ, "SLURM_MEM_PER_NODE")
+    if per_node:
+        return per_node / 1024
+    per_cpu = _slurm(environ, "SLURM_MEM_PER_CPU")
+    cpus = _slurm(environ, "SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK") or 1
+    return per_cpu * cpus / 1024 if per_cpu else None
+
+
 def available_cpus(
-    environ: Mapping[str, str] = os.environ, root: Path = CGROUP, affinity: int | None = None
+    environ: Mapping[str, str] = os.environ,
+    root: Path = CGROUP,
+    own: Path = OWN_CGROUP,
+    affinity: int | None = None,
 ) -> int:
-    """Processors allotted to this process: the least of affinity, control group and Slurm."""
+    """Processors allotted to this process: the least of affinity, control groups and Slurm."""
     if affinity is None:
         get = getattr(os, "sched_getaffinity", None)
         affinity = len(get(0)) if get else (os.cpu_count() or 1)
-    limits = [affinity, cgroup_cpus(root)]
-    for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
-        if environ.get(name, "").isdigit():
-            limits.append(int(environ[name]))
-            break
-    return max(1, min(limit for limit in limits if limit))
+    limits = (affinity, cgroup_cpus(root, own), slurm_cpus(environ))
+    return min(limit for limit in limits if limit)
 
 
 def available_memory_gb(
-    environ: Mapping[str, str] = os.environ, root: Path = CGROUP, n_cpus: int = 1
+    environ: Mapping[str, str] = os.environ,
+    root: Path = CGROUP,
+    own: Path = OWN_CGROUP,
+    host: float | None = None,
 ) -> float:
-    """Memory allotted to this process (GiB): the least of host, control group and Slurm."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        value = _read_int(root / name)
-        if value:
-            limits.append(value / 1024**3)
-    if environ.get("SLURM_MEM_PER_NODE", "").isdigit() and int(environ["SLURM_MEM_PER_NODE"]):
-        limits.append(int(environ["SLURM_MEM_PER_NODE"]) / 1024)
-    elif environ.get("SLURM_MEM_PER_CPU", "").isdigit() and int(environ["SLURM_MEM_PER_CPU"]):
-        limits.append(int(environ["SLURM_MEM_PER_CPU"]) * n_cpus / 1024)
-    return min(limits)
+    """Memory allotted to this process (GiB): the least of host, control groups and Slurm."""
+    if host is None:
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
+    limits = (host, cgroup_memory_gb(root, own), slurm_memory_gb(environ))
+    return min(limit for limit in limits if limit)
 
 
 def parse_memory(text: str) -> float:

@@ -196,6 +196,17 @@ def test_sink_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert list(target.parent.iterdir()) == [target]
 
 
+@pytest.mark.parametrize(("engine", "kind"), [("", "docker"), ("/a.sif", "singularity")])
+def test_dataset_files_name_the_container(tmp_path, monkeypatch, engine, kind):
+    monkeypatch.setenv("REMIX_BIDS_CONTAINER", "docker:remix-bids:0.1.0")
+    monkeypatch.setenv("APPTAINER_CONTAINER", engine)
+    write_dataset_files(tmp_path / "out", tmp_path)
+    description = json.loads((tmp_path / "out/dataset_description.json").read_text())
+    (maker,) = description["GeneratedBy"]
+    assert maker["Container"] == {"Type": kind, "Tag": "remix-bids:0.1.0"}
+    assert description["SourceDatasets"] == [{"URL": tmp_path.as_uri()}]  # it has no DOI
+
+
 def test_dataset_files(tmp_path):
     bids, out = tmp_path / "my bids", tmp_path / "out"
     bids.mkdir()
@@ -209,7 +220,8 @@ def test_dataset_files(tmp_path):
     assert description["GeneratedBy"][0]["Name"] == "remix-bids"
     assert description["DatasetLinks"]["raw"].startswith("file:///")
     assert " " not in description["DatasetLinks"]["raw"]
-    assert description["SourceDatasets"] == [{"URL": "doi:10.1/x"}]
+    assert description["SourceDatasets"] == [{"URL": "https://doi.org/10.1/x", "DOI": "10.1/x"}]
+    assert "Container" not in description["GeneratedBy"][0]
     lines = (out / ".bidsignore").read_text().splitlines()
     assert lines[:2] == ["mine", "logs"]
     assert sorted(lines) == sorted({"mine", *IGNORED})

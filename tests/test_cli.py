@@ -14,7 +14,7 @@ from remix_bids.cli.parser import parse_args
 from remix_bids.config import RunConfig
 from remix_bids.errors import NothingToDoError, UsageError
 from remix_bids.inputs import collect_scans
-from remix_bids.resources import available_cpus, available_memory_gb, parse_memory
+from remix_bids.resources import parse_memory
 from tests.bids_skeletons import make_dataset
 
 NAMES = [
@@ -415,20 +415,6 @@ def test_exit_code_is_decided_in_one_place(capsys):
 
 
 # --- resources -----------------------------------------------------------------------------------
-
-
-def test_allocation_is_the_least_of_all_limits(tmp_path):
-    nowhere = tmp_path / "none"
-    assert available_cpus({}, nowhere, affinity=12) == 12
-    assert available_cpus({"SLURM_CPUS_PER_TASK": "5"}, nowhere, affinity=12) == 5
-    assert available_cpus({"SLURM_CPUS_PER_TASK": "64"}, nowhere, affinity=12) == 12
-    (tmp_path / "cpu.max").write_text("250000 100000\n")
-    assert available_cpus({}, tmp_path, affinity=12) == 3
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert available_cpus({}, tmp_path, affinity=12) == 12
-    (tmp_path / "memory.max").write_text(str(2 * 1024**3))
-    assert available_memory_gb({}, tmp_path) == 2
-    assert available_memory_gb({"SLURM_MEM_PER_CPU": "256"}, tmp_path, n_cpus=4) == 1
 
 
 def test_cuda_that_is_not_there(parse):

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import nibabel as nb
 import numpy as np
 import pytest
+from bids import BIDSLayout
+from nibabel.processing import resample_from_to
 
 from remix_bids.demo import compare
 from remix_bids.naming import output_names
 from remix_bids.spatial import WORKING_GRID
-from remix_bids.templates import NILEARN_SPACE
+from remix_bids.templates import NILEARN_SPACE, _nilearn_brain
 from tests.commands import assert_valid, last_line, run
 
 pytestmark = pytest.mark.slow
@@ -157,3 +159,47 @@ def test_second_run_recomputes_nothing(first):
     assert last_line(done) == "1 done, 0 failed"
     assert "nodes: 0 run" in done.stdout
     assert image.stat().st_mtime_ns == before
+
+
+# --- the next tool: it knows the dataset, and no path in it ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(first):
+    """What a pipeline finds when it asks PyBIDS."""
+    layout = BIDSLayout(first.folder / "bids", derivatives=first.out)
+    query = {"scope": "remix-bids", "desc": "remix", "suffix": "T1w", "extension": ".nii.gz"}
+    return layout, layout.get(**query, space=NILEARN_SPACE)
+
+
+def test_derivative_is_found_by_query(first, found):
+    layout, (image,) = found
+    assert image.entities["subject"] == "demo"
+    assert image.get_metadata()["Expert"] in (5, "5")
+    assert image.get_metadata()["Sources"] == [f"bids:raw:{SCAN}"]
+    assert not layout.get(scope="raw", desc="remix")
+    way = {"from": "T1w", "to": NILEARN_SPACE}
+    (transform,) = layout.get(scope="remix-bids", suffix="xfm", **way)
+    assert transform.entities["mode"] == "image"
+
+
+def test_next_tool_segments_the_derivative(found, tmp_path):
+    """ANTs' Atropos finds the white matter of the brain that the scan was simulated from."""
+    import ants
+
+    _, (image,) = found
+    coarse = nb.load(image.path).slicer[::2, ::2, ::2]  # every second voxel will do, and is faster
+    nb.save(coarse, tmp_path / "coarse.nii.gz")
+    volume = ants.image_read(str(tmp_path / "coarse.nii.gz"))
+    mask = ants.get_mask(volume, low_thresh=1e-3, cleanup=0)
+    tissues = ants.atropos(volume, mask, i="KMeans[3]", m="[0.1,1x1x1]", c="[3,0]")["segmentation"]
+    labels = tissues.numpy()
+    truth = resample_from_to(
+        nb.load(_nilearn_brain().with_name("mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz")),
+        (labels.shape, coarse.affine),
+        order=1,
+    ).get_fdata()
+    ours, theirs = labels == 3, truth > 0.5 * truth.max()
+    dice = 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
+    print(f"DICE of the white matter {dice:.3f}")
+    assert dice > 0.7  # 0.77 seen

@@ -215,7 +215,7 @@ def with_resources(config: RunConfig) -> RunConfig:
     return config.with_(
         nprocs=nprocs,
         omp_nthreads=min(config.omp_nthreads or 4, nprocs),
-        mem_gb=config.mem_gb or 0.9 * available_memory_gb(n_cpus=nprocs),
+        mem_gb=config.mem_gb or 0.9 * available_memory_gb(),
         device=device,
         n_gpu_procs=(config.n_gpu_procs or 1) if device.startswith("cuda") else 0,
     )

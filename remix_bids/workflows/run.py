@@ -17,6 +17,7 @@ from remix_bids.inputs import Scan
 from remix_bids.naming import output_names, workflow_name
 from remix_bids.reports.individual import read_warnings
 from remix_bids.workflows.plugin import RemixMultiProcPlugin
+from remix_bids.workflows.slurm import RemixSLURMPlugin
 
 LOGGER = logging.getLogger("remix_bids")
 
@@ -120,6 +121,11 @@ def read_plugin_file(path: Path) -> dict[str, Any]:
     args = content.get("plugin_args") or {}
     if not isinstance(args, dict):
         raise UsageError(f"--use-plugin {path}: plugin_args must be a table")
+    if content["plugin"].endswith(("Graph", "DAGMan")):
+        raise UsageError(
+            f"--use-plugin {path}: {content['plugin']} hands all jobs over and returns at once, so "
+            "that nobody learns what became of them; use a plugin that waits, such as SLURM"
+        )
     import nipype.pipeline.plugins as plugins
 
     if not hasattr(plugins, content["plugin"] + "Plugin"):
@@ -147,7 +153,11 @@ def execute(workflow: Workflow, config: RunConfig, scans: Sequence[Scan]) -> Out
         name = content["plugin"]
         args = {**(args if name == "MultiProc" else {"status_callback": progress})}
         args.update(content["plugin_args"])
-    plugin = RemixMultiProcPlugin(args) if name == "MultiProc" else None
+    plugin: RemixMultiProcPlugin | RemixSLURMPlugin | None = None
+    if name == "MultiProc":
+        plugin = RemixMultiProcPlugin(args)
+    elif name == "SLURM":
+        plugin = RemixSLURMPlugin(args)
     error: Exception | None = None
     try:
         workflow.run(plugin=plugin or name, plugin_args=None if plugin else args)
@@ -161,7 +171,7 @@ def execute(workflow: Workflow, config: RunConfig, scans: Sequence[Scan]) -> Out
 
 def _outcome(
     progress: _Progress,
-    plugin: RemixMultiProcPlugin | None,
+    plugin: RemixMultiProcPlugin | RemixSLURMPlugin | None,
     error: Exception | None,
     config: RunConfig,
     scans: Sequence[Scan],
