@@ -55,7 +55,7 @@ def test_the_mean_inside_changes_by_the_contrast():
     image = torch.rand(40, 40, 40, generator=torch.Generator().manual_seed(1)) + 0.5
     lesion = Lesion(8.0, -0.4, (20, 20, 20))
     inside = torch.zeros(40, 40, 40, dtype=torch.bool)
-    inside[lesion.box()] = torch.from_numpy(lesion.fraction() == 1)
+    inside[lesion.box()] = torch.tensor(lesion.fraction() == 1)
     changed = add_lesions(image, [lesion])
     assert float((changed - image)[inside].mean()) == pytest.approx(-0.4, rel=0.02)
     assert float((changed - image)[lesion.box()].sum()) == pytest.approx(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,18 @@ class Lesion:
 
     def fraction(self, margin: float = 1.0) -> np.ndarray:
         """How much of each voxel of `box` lies inside, 0 to 1; voxels are 1 mm cubes."""
-        reach = int(np.ceil(self.diameter / 2 + margin))
-        n = 2 * reach + 1
-        fine = (np.arange(n * _SUB) + 0.5) / _SUB - n / 2
-        squared = fine**2
-        inside = squared[:, None, None] + squared[:, None] + squared <= (self.diameter / 2) ** 2
-        return inside.reshape(n, _SUB, n, _SUB, n, _SUB).mean(axis=(1, 3, 5))
+        return _fraction(self.diameter, margin)
+
+
+@lru_cache(maxsize=32)
+def _fraction(diameter: float, margin: float) -> np.ndarray:
+    n = 2 * int(np.ceil(diameter / 2 + margin)) + 1
+    fine = (np.arange(n * _SUB) + 0.5) / _SUB - n / 2
+    squared = fine**2
+    inside = squared[:, None, None] + squared[:, None] + squared <= (diameter / 2) ** 2
+    fraction = inside.reshape(n, _SUB, n, _SUB, n, _SUB).mean(axis=(1, 3, 5))
+    fraction.setflags(write=False)
+    return fraction
 
 
 def all_lesions() -> list[Lesion]:
@@ -129,7 +136,7 @@ def add_lesions(image: Tensor, lesions: Sequence[Lesion]) -> Tensor:
     """A copy of an image (1 mm grid) with lesions; never negative."""
     image = image.clone()
     for lesion in lesions:
-        box, fraction = lesion.box(), torch.from_numpy(lesion.fraction()).to(image)
+        box, fraction = lesion.box(), torch.tensor(lesion.fraction()).to(image)
         mean = image[box][fraction > 0.5].mean()
         image[box] = (image[box] + lesion.contrast * mean * fraction).clamp(min=0)
     return image
