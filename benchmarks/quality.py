@@ -28,8 +28,9 @@ from remix_bids.evaluation.metrics import eroded, psnr
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.registry import load_registry
 from remix_bids.qc import consistency, quality
-from remix_bids.simulation.acquisition import Acquisition, slice_axis, to_working_grid
+from remix_bids.simulation.acquisition import Acquisition, from_header, slice_axis, to_working_grid
 from remix_bids.simulation.degrade import acquire, add_rician_noise, restore_grid
+from remix_bids.simulation.estimate import linear_estimate
 from remix_bids.training.dataset import Person, load_persons
 
 SEED = 4
@@ -104,9 +105,11 @@ def run_person(person: Person, index: int, klass: int, noise: float, experts: An
     axes, thick = np.linalg.inv(mapping)[:3, :3], slice_axis(acquisition.grid)
     normal = int(np.argmax(np.abs(axes[:, thick])))
     outputs = {"truth": truth.numpy(), "cubic": low.image.numpy()}
+    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+    estimate = linear_estimate(native, told)
     for name, which in (("expert", str(klass)), ("wrong expert", WRONG[klass])):
         record = experts[which]
-        outputs[name] = run_expert(low, record, load_expert(record)).numpy()
+        outputs[name] = run_expert(estimate, record, load_expert(record)).numpy()
     scan = native.numpy()
     tissues = quality.find_tissues(outputs["cubic"], brain)
     mask = eroded(torch.from_numpy(brain), 2)
@@ -145,7 +148,9 @@ def run_enforced(person: Person, index: int, klass: int, noise: float, experts: 
     covered = low.covered.numpy()
     brain = (truth > 50).numpy() & covered
     record = experts[str(klass)]
-    expert = run_expert(low, record, load_expert(record)).numpy()
+    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+    estimate = linear_estimate(native, told)
+    expert = run_expert(estimate, record, load_expert(record)).numpy()
     scan = native.numpy()
     inside = consistency.to_native(brain, acquisition)
     sigma = consistency.estimate_noise(scan, inside, acquisition.grid)
