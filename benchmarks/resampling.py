@@ -2,7 +2,7 @@
 
     python benchmarks/resampling.py PREPARED
 
-``PREPARED`` is a folder of ``remix-experts prepare``. PSNR inside one brain of the validation split,
+``PREPARED`` is a folder of ``remix-experts prepare``. PSNR inside one validation brain,
 and CPU time relative to the shipped setting, for linear interpolation and for the cubic B-spline
 tabulated at 2, 3 and 4 nodes per output voxel. It prints a Markdown table.
 """
