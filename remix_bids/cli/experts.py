@@ -124,6 +124,30 @@ def verify(args: argparse.Namespace) -> None:
         raise MissingResourceError(f"{len(findings) - len(good)} of {len(findings)} experts failed")
 
 
+def write_tables(rows: list[dict], path: Path) -> None:
+    """Write tables (.md) and plot (.svg) of an evaluation beside ``path``; print the tables."""
+    from remix_bids.evaluation.plot import plot
+    from remix_bids.evaluation.table import to_markdown
+
+    table = to_markdown(rows)
+    path.with_suffix(".md").write_text(table + "\n")
+    plot(rows, path.with_suffix(".svg"))
+    print(table)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Tables and plot of rows that `evaluate` has written, in one go or in several."""
+    rows = []
+    for path in args.rows:
+        with path.open(newline="") as file:
+            rows += list(csv.DictReader(file, delimiter="\t"))
+    if not rows:
+        raise UsageError(
+            "there are no rows; name TSV files that remix-experts evaluate has written"
+        )
+    write_tables(rows, args.output)
+
+
 def _named_commands(options: list[str]) -> dict[str, str]:
     """``NAME=COMMAND`` options."""
     from remix_bids.evaluation.external import parse_command
@@ -142,10 +166,9 @@ def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
     from remix_bids.evaluation.cases import cases
     from remix_bids.evaluation.external import parse_command
-    from remix_bids.evaluation.plot import plot
     from remix_bids.evaluation.run import Settings
     from remix_bids.evaluation.run import evaluate as run
-    from remix_bids.evaluation.table import best_iterations, to_markdown
+    from remix_bids.evaluation.table import best_iterations
     from remix_bids.training.dataset import load_persons
 
     shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
@@ -173,10 +196,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.tune:
         print(best_iterations(rows))
         return
-    table = to_markdown(rows)
-    args.output.with_suffix(".md").write_text(table + "\n")
-    plot(rows, args.output.with_suffix(".svg"))
-    print(table)
+    write_tables(rows, args.output)
 
 
 def _protocol_and_persons(args: argparse.Namespace) -> tuple[dict, list]:
@@ -330,6 +350,11 @@ def get_parser() -> argparse.ArgumentParser:
     _add_experiment(p, persons=None)
     p.add_argument("--geometries", type=int, help="only so many, spread over all")
     p.set_defaults(run=gates)
+
+    p = commands.add_parser("table", help=table.__doc__)
+    p.add_argument("output", type=Path, help="without extension: .md and .svg are written")
+    p.add_argument("rows", type=Path, nargs="+", help="TSV files of `evaluate`")
+    p.set_defaults(run=table)
 
     p = commands.add_parser("simulate", help=simulate.__doc__)
     p.add_argument("folder", type=Path, help="bids/ and truth/ are written into it")
