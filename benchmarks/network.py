@@ -51,7 +51,7 @@ def measure_memory(experts_dir: Path | None) -> None:
     sampling = Sampling(np.diag([1.0, 1, 0.25, 1])[:3], np.array([1.0, 1, 4]))
     covered = np.ones(WORKING_GRID.shape, dtype=bool)
     before, start = megabytes_at_peak(), time.process_time()
-    enhance(image, covered, sampling, record, network=network)
+    enhance(image, covered, sampling, 0.01, record, network=network)
     seconds = time.process_time() - start
     print(json.dumps({"before": before, "peak": megabytes_at_peak(), "cpu_s": seconds}))
 
@@ -74,7 +74,7 @@ def gigaflops(widths: tuple[int, ...], inputs: int, shape: tuple[int, ...]) -> f
         network = ResidualUNet(inputs, widths).eval()
         padded = [n + (-n) % network.multiple for n in shape]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.empty(1, inputs, *padded), torch.ones(1, 3))
+            network(torch.empty(1, inputs, *padded), torch.ones(1, 4))
     return counter.get_total_flops() / 1e9
 
 

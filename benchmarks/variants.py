@@ -29,23 +29,33 @@ CLASS_4 = (0, 0, 0, 1, 0, 0, 0)
 class Blind(unet.ResidualUNet):
     """Not told the voxel sizes, but for the size of what is to be added."""
 
-    def forward(self, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        return super().forward(x, torch.ones_like(sizes) * sizes.amax(dim=1, keepdim=True))
+    def forward(self, x: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
+        scan = scan.clone()
+        scan[:, :3] = scan[:, :3].amax(dim=1, keepdim=True)
+        return super().forward(x, scan)
+
+
+class Deaf(unet.ResidualUNet):
+    """Not told the noise."""
+
+    def forward(self, x: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, scan * torch.tensor([1.0, 1.0, 1.0, 0.0]))
 
 
 class Unscaled(unet.ResidualUNet):
     """The last layer gives the residual itself."""
 
-    def forward(self, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-        missing = unet._RESIDUAL * (sizes.amax(dim=1).clamp(1, 9) - 0.9)
+    def forward(self, x: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
+        missing = unet._RESIDUAL * (scan[:, :3].amax(dim=1).clamp(1, 9) - 0.9)
         image = x[:, :1]
-        return image + (super().forward(x, sizes) - image) / missing[:, None, None, None, None]
+        return image + (super().forward(x, scan) - image) / missing[:, None, None, None, None]
 
 
 VARIANTS = {
     "shipped": (unet.ResidualUNet, 1e-3),
     "shipped, rate 5e-4": (unet.ResidualUNet, 5e-4),
     "not told the voxel sizes": (Blind, 1e-3),
+    "not told the noise": (Deaf, 1e-3),
     "residual not scaled, rate 5e-4": (Unscaled, 5e-4),
 }
 
@@ -74,7 +84,7 @@ def gain(network: torch.nn.Module, pair: Pair) -> float:
     middle = slice(16, 112)
     x, y = pair.inputs[:, middle, middle, middle], pair.target[middle, middle, middle]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = network(x[None], pair.sizes[None])[0, 0].float()
+        out = network(x[None], pair.scan[None])[0, 0].float()
     mask = (x[1] > 0) & (y > 0.05)
     return psnr(out, y, mask) - psnr(x[0], y, mask)
 
@@ -98,8 +108,8 @@ def main() -> None:
     drawn = [simulator("train", 3026)[i] for i in range(given.volumes)]
     pool = {key: torch.cat([patches[key] for patches in drawn]) for key in drawn[0]}
     pairs = [simulator("validation", 2033).pair(i)[0] for i in range(8)]
-    thick = [p for p in pairs if p.sizes.max() > 3]
-    other = [p for p in pairs if p.sizes.max() <= 3]
+    thick = [p for p in pairs if p.scan[:3].max() > 3]
+    other = [p for p in pairs if p.scan[:3].max() <= 3]
     print(f"| variant, {given.steps} steps | thick slices ({len(thick)}) | others ({len(other)}) |")
     print("| --- | --- | --- |")
     for name, (kind, rate) in VARIANTS.items():

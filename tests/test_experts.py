@@ -18,7 +18,9 @@ from remix_bids.experts.unet import ResidualUNet, depth_to_space, space_to_depth
 from remix_bids.simulation.acquisition import Sampling
 from remix_bids.training.trainer import save_network
 
-SIZES = torch.tensor([[1.0, 1.0, 4.0]])
+SIZES = np.array([1.0, 1.0, 4.0])
+NOISE = 0.01
+SCAN = torch.tensor([[*SIZES, NOISE]], dtype=torch.float32)
 SAMPLING = Sampling(np.eye(3, 4), np.ones(3))
 
 
@@ -29,37 +31,37 @@ def test_depth_to_space_undoes_space_to_depth():
 
 def test_an_untrained_network_is_the_identity():
     x = torch.rand(1, 5, 16, 16, 24)
-    assert torch.equal(ResidualUNet(widths=(4, 8, 8))(x, SIZES), x[:, :1])
+    assert torch.equal(ResidualUNet(widths=(4, 8, 8))(x, SCAN), x[:, :1])
 
 
 def test_every_weight_learns():
     network = ResidualUNet(widths=(4, 8, 8))
-    for layer in (network.out, network.sizes[2]):
+    for layer in (network.out, network.scan[2]):
         torch.nn.init.normal_(layer.weight, std=0.01)
-    network(torch.rand(1, 5, 16, 16, 16), SIZES).square().mean().backward()
+    network(torch.rand(1, 5, 16, 16, 16), SCAN).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
 def test_any_size_is_padded_and_cut_back():
     network = ResidualUNet(widths=(4, 8, 8))
     inputs = torch.rand(5, 13, 17, 9)
-    assert torch.equal(predict(network, inputs, SIZES[0]), inputs[0])
+    assert torch.equal(predict(network, inputs, SCAN[0]), inputs[0])
 
 
 def trained_by_chance():
-    """A network that does something, and something else for other voxel sizes."""
+    """A network that does something, and something else for another scan."""
     torch.manual_seed(0)
     network = ResidualUNet(widths=(4, 8, 8)).eval()
-    for layer in (network.out, network.sizes[2]):
+    for layer in (network.out, network.scan[2]):
         torch.nn.init.normal_(layer.weight, std=0.05)
     return network
 
 
-def test_voxel_sizes_matter():
+@pytest.mark.parametrize("other", [[1.0, 1.0, 6.0, 0.01], [1.0, 1.0, 4.0, 0.03]])
+def test_voxel_sizes_and_noise_matter(other):
     network = trained_by_chance()
     x = torch.rand(1, 5, 16, 16, 16)
-    thin, thick = (network(x, torch.tensor([[1.0, 1.0, t]])) - x[:, :1] for t in (2.0, 6.0))
-    assert (thin - thick).abs().max() > 1e-4
+    assert (network(x, SCAN) - network(x, torch.tensor([other]))).abs().max() > 1e-4
 
 
 def test_slices_may_be_stacked_along_any_axis():
@@ -69,12 +71,12 @@ def test_slices_may_be_stacked_along_any_axis():
     image = generator.random((16, 24, 32), dtype=np.float32)
     covered = np.ones(image.shape, bool)
     rows = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.25, 0]])
-    axial = enhance(image, covered, Sampling(rows, SIZES[0].numpy()), record, network=network)
+    axial = enhance(image, covered, Sampling(rows, SIZES), NOISE, record, network=network)
     order = [2, 1, 0]  # the first and the last axis swapped
-    turned = Sampling(rows[order][:, [*order, 3]], SIZES[0].numpy()[order])
+    turned = Sampling(rows[order][:, [*order, 3]], SIZES[order])
     swap = (2, 1, 0)
     sagittal = enhance(
-        image.transpose(swap), covered.transpose(swap), turned, record, network=network
+        image.transpose(swap), covered.transpose(swap), turned, NOISE, record, network=network
     )
     np.testing.assert_allclose(sagittal.transpose(swap), axial, atol=1e-6)
     assert np.abs(axial - image).max() > 1e-3
@@ -160,7 +162,7 @@ def test_intensities_stay_the_scanners(tmp_path):
     covered = np.ones(image.shape, bool)
     covered[:3] = False
     for factor in (1.0, 1e-4, 1e5):
-        out = enhance(image * factor * covered, covered, SAMPLING, record)
+        out = enhance(image * factor * covered, covered, SAMPLING, NOISE, record)
         np.testing.assert_allclose(out, image * factor * covered, rtol=1e-4)
         assert out.dtype == np.float32
 
@@ -178,4 +180,4 @@ def test_scale_ignores_air():
 def test_an_empty_image_is_refused(covered, tmp_path):
     zeros = np.zeros((8, 8, 8), np.float32)
     with pytest.raises(InputImageError):
-        enhance(zeros, np.full(zeros.shape, covered), SAMPLING, expert_file(tmp_path))
+        enhance(zeros, np.full(zeros.shape, covered), SAMPLING, NOISE, expert_file(tmp_path))

@@ -26,6 +26,7 @@ from remix_bids.simulation.degrade import (
     profile,
     restore_grid,
 )
+from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import Grid, index_map
 
 from .test_spatial import affine_of, smooth_image
@@ -205,3 +206,24 @@ def test_obliquity_is_what_was_asked_for():
     signs = np.sign(cosines) * (np.abs(cosines) == np.abs(cosines).max(axis=0))
     angle = np.rad2deg(np.arccos((np.trace(cosines @ signs.T) - 1) / 2))
     assert angle == pytest.approx(30.0, abs=0.01)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("in_plane", [0.45, 1.0])
+def test_the_noise_of_a_scan_is_told_from_the_scan(axis, in_plane):
+    """Noise on a smooth head in thick slices; a fine matrix holds the same voxels four times."""
+    rng = np.random.default_rng(axis)
+    fine = round(1 / in_plane)
+    shape = [60, 60, 60]
+    shape[axis] = 20
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    head = 800 * np.exp(-3 * (x**2 + y**2 + z**2)) * (x**2 + y**2 + z**2 < 0.8)
+    noisy = head + rng.normal(0, 25, shape) * (head > 0)
+    for other in {0, 1, 2} - {axis}:
+        noisy = noisy.repeat(fine, axis=other)
+    sizes = np.full(3, in_plane)
+    sizes[axis] = 5.0
+    a, b, c = noisy.shape
+    grid = Grid((a, b, c), np.diag([*sizes, 1]))
+    assert scan_noise(noisy, grid) == pytest.approx(25, rel=0.05)
+    assert scan_noise(np.zeros(grid.shape), grid) == 0

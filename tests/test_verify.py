@@ -44,10 +44,10 @@ def experts(exported, tmp_path):
 
 
 def test_the_reference_input_is_drawn_again_and_has_all_channels():
-    inputs, sizes = reference_input()
+    inputs, scan = reference_input()
     assert torch.equal(inputs, reference_input()[0])
     assert inputs.shape[0] == len(INPUTS)
-    assert sizes.shape == (3,)
+    assert scan.shape == (4,)
     image, covered, *_, phase = inputs
     assert 0 < covered.mean() < 1
     assert (image[covered == 0] == 0).all()

@@ -43,4 +43,5 @@ def back_project(
 def run_expert(low: LowResolution, record: ExpertRecord, network: ResidualUNet) -> Tensor:
     """An expert on the linear estimate."""
     arrays = (low.image.numpy(), low.covered.numpy())
-    return torch.from_numpy(enhance(*arrays, low.sampling, record, network=network))
+    told = (low.sampling, low.noise)
+    return torch.from_numpy(enhance(*arrays, *told, record, network=network))

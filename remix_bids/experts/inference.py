@@ -46,25 +46,32 @@ def _percentile(values: Tensor) -> float:
 
 
 def network_input(
-    estimate: Tensor, covered: Tensor, sampling: Sampling, scale: float
+    estimate: Tensor, covered: Tensor, sampling: Sampling, noise: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What a network sees of a scan, its slices stacked along the last axis.
 
     The axis comes last so that the network need not learn one task three times.
 
+    Parameters
+    ----------
+    noise : float
+        Of the scan, in the units of ``estimate`` (`remix_bids.simulation.noise`).
+    scale : float
+        The intensity that becomes 1.
+
     Returns
     -------
     (channels, x, y, z) tensor
         In the order of `remix_bids.experts.unet.INPUTS`.
-    (3,) tensor
-        Voxel sizes, mm.
+    (4,) tensor
+        In the order of `remix_bids.experts.unet.SCAN`.
     """
     order = axes_in_order(sampling.axis)
     x, y, z = estimate.shape
     phases = torch.from_numpy(sampling.phases((x, y, z))[order]).to(estimate)
     channels = torch.cat([torch.stack([estimate / scale, covered.to(estimate)]), phases * covered])
-    sizes = torch.as_tensor(sampling.sizes[order], dtype=estimate.dtype, device=estimate.device)
-    return slices_last(channels, sampling.axis), sizes
+    scan = [*sampling.sizes[order], noise / scale]
+    return slices_last(channels, sampling.axis), torch.as_tensor(scan).to(estimate)
 
 
 def axes_in_order(axis: int) -> list[int]:
@@ -101,15 +108,15 @@ def load_expert(record: ExpertRecord) -> ResidualUNet:
 
 
 @torch.inference_mode()
-def predict(network: ResidualUNet, inputs: Tensor, sizes: Tensor) -> Tensor:
+def predict(network: ResidualUNet, inputs: Tensor, scan: Tensor) -> Tensor:
     """Run a network on one volume of any size.
 
     Parameters
     ----------
     inputs : (channels, x, y, z) tensor
         Padded with zeros at the far ends to a multiple that the network can halve.
-    sizes : (3,) tensor
-        Voxel sizes, mm.
+    scan : (4,) tensor
+        Its numbers, as in `remix_bids.experts.unet.SCAN`.
 
     Returns
     -------
@@ -118,13 +125,14 @@ def predict(network: ResidualUNet, inputs: Tensor, sizes: Tensor) -> Tensor:
     shape = inputs.shape[1:]
     pad = [(-n) % network.multiple for n in shape]
     padded = F.pad(inputs, (0, pad[2], 0, pad[1], 0, pad[0]))[None]
-    return network(padded, sizes[None])[0, 0, : shape[0], : shape[1], : shape[2]]
+    return network(padded, scan[None])[0, 0, : shape[0], : shape[1], : shape[2]]
 
 
 def enhance(
     low_resolution: np.ndarray,
     covered: np.ndarray,
     sampling: Sampling,
+    noise: float,
     record: ExpertRecord,
     *,
     device: str = "cpu",
@@ -141,6 +149,8 @@ def enhance(
         Where the scan has data.
     sampling : Sampling
         Where the scan has measured.
+    noise : float
+        Of the scan, in scanner units (`remix_bids.simulation.noise`).
     record : ExpertRecord
     device : str
         A torch device.
@@ -164,6 +174,6 @@ def enhance(
         scale = intensity_scale(image, mask)
     except ValueError as error:
         raise InputImageError(str(error)) from error
-    inputs, sizes = network_input(image.to(device), mask.to(device), sampling, scale)
-    output = slices_last(predict(network.to(device), inputs, sizes), sampling.axis).cpu() * scale
+    inputs, scan = network_input(image.to(device), mask.to(device), sampling, noise, scale)
+    output = slices_last(predict(network.to(device), inputs, scan), sampling.axis).cpu() * scale
     return (output.clamp(min=0) * mask).numpy()

@@ -34,8 +34,8 @@ def reference_input() -> tuple[Tensor, Tensor]:
     -------
     (5, 40, 32, 48) float32 tensor
         Channels as in `remix_bids.experts.unet.INPUTS`.
-    (3,) tensor
-        Voxel sizes, mm.
+    (4,) tensor
+        As `remix_bids.experts.unet.SCAN`.
     """
     x, y, z = np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij", sparse=True)
     image = np.zeros(SHAPE)
@@ -48,14 +48,14 @@ def reference_input() -> tuple[Tensor, Tensor]:
     phase = np.broadcast_to(np.cos(2 * np.pi * z / 4), SHAPE)
     no_phase = np.zeros(SHAPE)
     channels = np.stack([image * covered, covered, no_phase, no_phase, phase * covered])
-    return torch.from_numpy(channels.astype(np.float32)), torch.tensor([1.0, 1.0, 4.0])
+    return torch.from_numpy(channels.astype(np.float32)), torch.tensor([1.0, 1.0, 4.0, 0.01])
 
 
 def reference_output(network: ResidualUNet) -> tuple[float, ...]:
     """What a network adds to the reference input: root mean square, mean, and some voxels."""
-    inputs, sizes = reference_input()
+    inputs, scan = reference_input()
     torch.set_num_threads(1)  # as in the app: their number changes the last digit
-    added = (predict(network, inputs, sizes) - inputs[0]).double().flatten()
+    added = (predict(network, inputs, scan) - inputs[0]).double().flatten()
     places = (_uniform(POINTS, SEED + 2) * len(added)).astype(int)
     values = [added.square().mean().sqrt(), added.mean(), *added[places.tolist()]]
     return tuple(float(f"{float(v):.9g}") for v in values)

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 INPUTS = ("linear_estimate", "covered", "phase_1", "phase_2", "phase_3")
 """Channels of the input, in this order; slices are stacked along the last axis."""
 
+SCAN = ("size_1", "size_2", "size_3", "noise")
+"""What is told of the scan as numbers: voxel sizes in mm, noise in units of the image."""
+
 
 _GAIN = 3.0  # brings the detail of a brain image to about unit variance
 _RESIDUAL = 0.02  # size of what is to be added, by the mm that the largest voxel side exceeds 1 mm
+_NOISE = 0.02  # of a noisy scan
 _HIDDEN = 32
 
 
@@ -38,7 +42,7 @@ class Block(nn.Module):
         self.second = nn.Conv3d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
-        """``factor`` and ``shift``, (n, width): what the voxel sizes make of the features."""
+        """``factor`` and ``shift``, (n, width): what the scan's numbers make of the features."""
         x = F.leaky_relu(self.first(x), 0.1)
         x = x * (1 + factor[..., None, None, None]) + shift[..., None, None, None]
         return F.leaky_relu(self.second(x), 0.1)
@@ -49,8 +53,9 @@ class ResidualUNet(nn.Module):
 
     It sees the image less its local mean, since what is missing does not depend on it: this learns
     faster and is blind to slow bias fields. Half the resolution with eight times the channels costs
-    about half as much as full resolution. The scan's voxel sizes scale and shift the features of
-    every level: how much detail is missing, and along which axes, cannot be seen in a patch.
+    about half as much as full resolution. The scan's voxel sizes and noise scale and shift the
+    features of every level: how much detail is missing, along which axes, and how far to trust what
+    is there, cannot be seen in a patch.
     The last convolution starts at zero, so that an untrained network is the identity.
 
     Parameters
@@ -73,15 +78,17 @@ class ResidualUNet(nn.Module):
         self.up = nn.ModuleList(Block(2 * w, w) for w in widths[-2::-1])
         self.out = nn.Conv3d(widths[0], 8, 3, padding=1)
         self.blocks = (*widths, *widths[-2::-1])
-        self.sizes = nn.Sequential(
-            nn.Linear(3, _HIDDEN), nn.LeakyReLU(0.1), nn.Linear(_HIDDEN, 2 * sum(self.blocks))
+        self.scan = nn.Sequential(
+            nn.Linear(len(SCAN), _HIDDEN),
+            nn.LeakyReLU(0.1),
+            nn.Linear(_HIDDEN, 2 * sum(self.blocks)),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, a=0.1)
                 nn.init.constant_(module.get_parameter("bias"), 0.0)
         nn.init.zeros_(self.out.weight)
-        for parameter in self.sizes[2].parameters():
+        for parameter in self.scan[2].parameters():
             nn.init.zeros_(parameter)
 
     @property
@@ -89,13 +96,15 @@ class ResidualUNet(nn.Module):
         """Sides of the input must be a multiple of this."""
         return max(8, 2 ** len(self.widths))
 
-    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
-        """(n, inputs, x, y, z) and voxel sizes (n, 3) in mm to (n, 1, x, y, z)."""
+    def forward(self, x: Tensor, scan: Tensor) -> Tensor:
+        """(n, inputs, x, y, z) and the scan's numbers (n, 4), as in `SCAN`, to (n, 1, x, y, z)."""
         image = x[:, :1]
         mean = F.interpolate(F.avg_pool3d(image, 8), scale_factor=8.0, mode="trilinear")
         seen = torch.cat([_GAIN * (image - mean), x[:, 1:2] - 1, x[:, 2:]], dim=1)
-        # Sizes of 1 to 8 mm become 0 to 2; what is finer than the output is 1 mm.
-        changes = self.sizes(sizes.clamp(1, 9).log()).split([2 * w for w in self.blocks], dim=1)
+        # What is finer than the output is 1 mm; 1 to 8 mm become 0 to 2, as does the noise.
+        sizes, noise = scan[:, :3].clamp(1, 9), (scan[:, 3:] / _NOISE).clamp(0, 3)
+        told = torch.cat([sizes.log(), noise], dim=1)
+        changes = self.scan(told).split([2 * w for w in self.blocks], dim=1)
         factors = iter([change.chunk(2, dim=1) for change in changes])
         skips = []
         h = space_to_depth(seen).contiguous(memory_format=torch.channels_last_3d)
@@ -107,5 +116,5 @@ class ResidualUNet(nn.Module):
             h = F.interpolate(narrow(h), scale_factor=2.0, mode="nearest")
             h = block(torch.cat([h, skip], dim=1), *next(factors))
         # Brings what the network gives to unit size: the last layer learns as fast as the others.
-        missing = _RESIDUAL * (sizes.amax(dim=1).clamp(1, 9) - 0.9)
+        missing = _RESIDUAL * (sizes.amax(dim=1) - 0.9)
         return image + missing[:, None, None, None, None] * depth_to_space(self.out(h))

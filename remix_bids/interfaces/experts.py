@@ -100,7 +100,7 @@ class _EnhanceInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="image on the working grid, interpolated")
     estimate = File(exists=True, mandatory=True, desc="the same less the blur of its slices")
     coverage = File(exists=True, mandatory=True)
-    native = File(exists=True, mandatory=True, desc="the scan, for its grid")
+    native = File(exists=True, mandatory=True, desc="the scan, for its grid and its noise")
     transform = File(exists=True, mandatory=True, desc="ITK affine, template to native points")
     expert = Str(mandatory=True)
     expert_sha256 = Str(desc="of the weights: other weights are another computation")
@@ -138,6 +138,7 @@ class Enhance(SimpleInterface):
             from remix_bids.experts.registry import load_registry
             from remix_bids.registration.itk import read_itk_affine
             from remix_bids.simulation.acquisition import sampling
+            from remix_bids.simulation.noise import scan_noise
             from remix_bids.spatial import WORKING_GRID, Grid, index_map
 
             # Convolutions round otherwise with another number of threads; scans run side by side.
@@ -148,11 +149,13 @@ class Enhance(SimpleInterface):
             covered = np.asanyarray(nb.load(self.inputs.coverage).dataobj) > 0
             scan = nb.load(self.inputs.native)
             source = Grid(scan.shape[:3], scan.affine)
+            native = np.asanyarray(scan.dataobj, dtype=np.float32).reshape(source.shape)
             mapping = index_map(WORKING_GRID, source, read_itk_affine(self.inputs.transform))
             high = enhance(
                 low,
                 covered,
                 sampling(mapping, source),
+                scan_noise(native, source),
                 record,
                 device=device,
                 network=_loaded_expert(record),

@@ -22,6 +22,7 @@ from remix_bids.evaluation.methods import back_project
 from remix_bids.qc.mosaic import box_around
 from remix_bids.simulation.acquisition import Acquisition, slice_axis
 from remix_bids.simulation.degrade import acquire, restore_grid
+from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import (
     WORKING_GRID,
     Grid,
@@ -47,7 +48,6 @@ MARGIN = 12
 """Voxels around a region that are needed to work on it alone."""
 
 _SEEN = 0.98  # of a voxel's profile must lie in what the output covers
-_MAD_TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,8 @@ class Consistency:
 def estimate_noise(native: np.ndarray, brain: np.ndarray, grid: Grid) -> float:
     """Standard deviation of the noise of a scan, from the scan alone.
 
-    The median absolute value of second differences across both in-plane diagonals, which smooth
-    anatomy cancels out of; within the brain, where Rician noise is nearly Gaussian. Zero-filled
-    (interpolated) planes hold less noise at this scale than at others, so that a fine matrix is
-    first thinned to about 1 mm. Fine texture counts as noise; `NOISE_FLOOR` bounds it from below.
+    See `remix_bids.simulation.noise.scan_noise`; within the brain, bounded from below by
+    `NOISE_FLOOR`.
 
     Parameters
     ----------
@@ -112,16 +110,7 @@ def estimate_noise(native: np.ndarray, brain: np.ndarray, grid: Grid) -> float:
     """
     if not brain.any():
         raise ValueError("no voxel of the brain was acquired")
-    steps = [slice(None, None, max(1, round(1.0 / s))) for s in grid.voxel_sizes]
-    axis = slice_axis(grid)
-    steps[axis] = slice(None)
-    data, inside = (np.moveaxis(a[tuple(steps)], axis, 0) for a in (native, brain))
-    inside = inside[:, 1:-1, 1:-1]
-    # (1 -2 1) along one axis times (1 -2 1) along the other: sum of squares 36.
-    rows = data[:, :-2] - 2 * data[:, 1:-1] + data[:, 2:]
-    both = rows[:, :, :-2] - 2 * rows[:, :, 1:-1] + rows[:, :, 2:]
-    values = np.abs(both[inside])
-    sigma = _MAD_TO_SIGMA * float(np.median(values)) / 6 if values.size else 0.0
+    sigma = scan_noise(native, grid, brain)
     return max(sigma, NOISE_FLOOR * float(np.median(native[brain])))
 
 

@@ -19,7 +19,7 @@ from remix_bids.spatial import WORKING_GRID, Grid, along_axis, coverage, index_m
 
 _FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 _MARGIN_MM = 3.0
-_GAUSSIAN_REACH, _BOX_REACH = 1.3, 0.75  # widths from its centre at which a profile ends
+GAUSSIAN_REACH, _BOX_REACH = 1.3, 0.75  # widths from its centre at which a profile ends
 _NEGLIGIBLE = 0.6  # mm; a kernel this narrow takes less than 15 % off the highest frequency of 1 mm
 
 
@@ -34,11 +34,15 @@ class LowResolution:
     covered : (x, y, z) bool tensor
     sampling : Sampling
         Where the scan has measured.
+    noise : float
+        Of the scan, as far as it can be told from the scan (`remix_bids.simulation.noise`); 0 where
+        nobody looked.
     """
 
     image: Tensor
     covered: Tensor
     sampling: Sampling
+    noise: float = 0.0
 
 
 def profile(offsets: np.ndarray, width: float, box: bool) -> np.ndarray:
@@ -74,7 +78,7 @@ def _profile_matrix(n: int, spacing: float, width: float, box: bool) -> tuple[np
         return np.eye(n), 1, 0
     m = _oversampling(spacing, width)
     step = spacing / m
-    reach = math.ceil((_BOX_REACH if box else _GAUSSIAN_REACH) * width / step)
+    reach = math.ceil((_BOX_REACH if box else GAUSSIAN_REACH) * width / step)
     offsets = np.arange(-reach, reach + 1)
     weights = profile(offsets * step, width, box)
     weights /= weights.sum()
@@ -92,7 +96,7 @@ def _native_ranges(
     corners = np.array([(*corner, 1) for corner in product(*box.T)])
     index = (np.linalg.inv(mapping) @ corners.T)[:3]
     # Four voxels: beyond, the spline that brings the native image back has decayed to .5 %.
-    reach = _GAUSSIAN_REACH * np.array(acquisition.widths)
+    reach = GAUSSIAN_REACH * np.array(acquisition.widths)
     margin = np.maximum(4, reach / grid.voxel_sizes) + _MARGIN_MM / grid.voxel_sizes
     last = np.array(grid.shape) - 1
     low = np.clip(np.floor(index.min(axis=1) - margin), 0, last).astype(int)

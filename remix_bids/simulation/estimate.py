@@ -8,6 +8,7 @@ back-projection (docs/experiments.md).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -15,8 +16,16 @@ import torch
 from torch import Tensor
 
 from remix_bids.simulation.acquisition import Acquisition
-from remix_bids.simulation.degrade import LowResolution, acquire, seen_from
-from remix_bids.spatial import WORKING_GRID, Grid, along_axis, index_map, resample
+from remix_bids.simulation.degrade import GAUSSIAN_REACH, LowResolution, acquire, seen_from
+from remix_bids.simulation.noise import scan_noise, tissue_level
+from remix_bids.spatial import (
+    WORKING_GRID,
+    Grid,
+    along_axis,
+    index_map,
+    resample,
+    voxel_indices,
+)
 
 # Covariance exp(-(d / LENGTH)^POWER) of a brain along a line, and the variance of noise relative to
 # that of the image: what validation liked best (docs/experiments.md).
@@ -95,21 +104,53 @@ def linear_estimate(
 ) -> LowResolution:
     """Bring a native image to a grid in template world, less the blur of its slices.
 
-    The same function serves training, evaluation and the app.
+    What the first estimate does not explain of the scan is estimated again and added, as far as it
+    stands out of the noise. The same function serves training, evaluation and the app.
     """
+    noise = scan_noise(native.cpu().numpy(), acquisition.grid)
     image = estimate_image(native, acquisition, grid)
-    if native.min() >= 0:
-        image = image.clamp(min=0)  # it overshoots at edges, a magnitude does not
-    return seen_from(image, acquisition.grid, acquisition.world, grid)
+    # It overshoots at edges, a magnitude does not.
+    lowest = 0.0 if native.min() >= 0 else -np.inf
+    low = seen_from(image.clamp(min=lowest), acquisition.grid, acquisition.world, grid)
+    missing = unexplained(low.image, native, acquisition, grid)
+    weight = trust(missing, native, noise)
+    image = low.image
+    if weight > 0:
+        added = estimate_image(missing, acquisition, grid) * low.covered
+        image = (image + weight * added).clamp(min=lowest)
+    return replace(low, image=image, noise=noise)
+
+
+def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid) -> Tensor:
+    """Scan less what a scanner would have seen of an image; 0 for voxels not wholly in its grid."""
+    mapping = index_map(acquisition.grid, grid, np.linalg.inv(acquisition.world))
+    reach = GAUSSIAN_REACH * np.array(acquisition.widths) / acquisition.grid.voxel_sizes
+    margin = np.abs(mapping[:3, :3]) @ reach
+    inside = torch.ones_like(native, dtype=torch.bool)
+    x, y, z = native.shape
+    places = voxel_indices(mapping, (x, y, z), native)
+    for place, rim, n in zip(places, margin, grid.shape, strict=True):
+        inside &= (place >= rim) & (place <= n - 1 - rim)
+    return (native - acquire(image, acquisition, grid)) * inside
+
+
+def trust(missing: Tensor, native: Tensor, noise: float) -> float:
+    """How much of what an estimate left unexplained is worth adding, 0 to 1.
+
+    A first estimate explains most of the noise, too: what is left is all signal when it is as large
+    as the noise in bright tissue, and all noise when it is half as large (docs/experiments.md).
+    """
+    left = missing[(native > tissue_level(native.cpu().numpy())) & (missing != 0)]
+    rms = float(left.square().mean().sqrt()) if len(left) else 0.0
+    return float(np.clip(2 - noise / rms, 0, 1)) if rms > 0 else 0.0
 
 
 def make_consistent(
     image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid, steps: int
 ) -> Tensor:
     """Add what an image lacks to explain the scan: x <- x + E(y - A x), E the linear estimate."""
+    covered = seen_from(image, acquisition.grid, acquisition.world, grid).covered
     for _ in range(steps):
-        missing = native - acquire(image, acquisition, grid)
-        added = estimate_image(missing, acquisition, grid)
-        covered = seen_from(image, acquisition.grid, acquisition.world, grid).covered
-        image = (image + added).clamp(min=0) * covered
+        missing = unexplained(image, native, acquisition, grid)
+        image = (image + estimate_image(missing, acquisition, grid)).clamp(min=0) * covered
     return image

@@ -165,12 +165,12 @@ def truncated(
 
 @dataclass(frozen=True)
 class Pair:
-    """A simulated volume: network input (channels, x, y, z), voxel sizes (3,), target (x, y, z) and
-    trust in its detail. Slices are stacked along the last axis.
+    """A simulated volume: network input (channels, x, y, z), numbers of the scan (4,), target
+    (x, y, z) and trust in its detail. Slices are stacked along the last axis.
     """
 
     inputs: Tensor
-    sizes: Tensor
+    scan: Tensor
     target: Tensor
     detail: float
 
@@ -202,9 +202,9 @@ def simulate_pair(
         native, source = truncated(rng, native, acquisition, augment.truncate_range)
     low = linear_estimate(native, as_told(rng, acquisition, source), grid)
     scale = intensity_scale(low.image, low.covered)
-    inputs, sizes = network_input(low.image, low.covered, low.sampling, scale)
+    inputs, scan = network_input(low.image, low.covered, low.sampling, low.noise, scale)
     target = slices_last(image[crop] / scale, low.sampling.axis)
-    return Pair(inputs, sizes, target, COARSE_DETAIL if person.coarse else 1.0)
+    return Pair(inputs, scan, target, COARSE_DETAIL if person.coarse else 1.0)
 
 
 def as_told(rng: np.random.Generator, acquisition: Acquisition, source: Grid) -> Acquisition:
@@ -249,7 +249,7 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
     shape = pair.target.shape
     foreground = torch.nonzero((pair.target > 0.1) & (pair.inputs[1] > 0))
     both = torch.cat([pair.inputs, pair.target[None]]).half()
-    inputs, targets, sizes = [], [], []
+    inputs, targets, scans = [], [], []
     for _ in range(count):
         if rng.random() < 0.8 and len(foreground):
             centre = foreground[int(rng.integers(len(foreground)))].tolist()
@@ -260,17 +260,17 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
             start = [int(rng.integers(n - size + 1)) for n in shape]
         cut = both[(slice(None), *(slice(s, s + size) for s in start))]
         cut = cut.flip([axis for axis in (1, 2, 3) if rng.random() < 0.5])
-        seen, size_of = cut[:-1], pair.sizes
+        seen, scan = cut[:-1], pair.scan
         target = cut[-1]
         if rng.random() < 0.5:
             seen = seen[[0, 1, 3, 2, 4]].transpose(1, 2)
-            target, size_of = target.transpose(0, 1), size_of[[1, 0, 2]]
+            target, scan = target.transpose(0, 1), scan[[1, 0, 2, 3]]
         inputs.append(seen)
         targets.append(target)
-        sizes.append(size_of)
+        scans.append(scan)
     return {
         "inputs": torch.stack(inputs),
-        "sizes": torch.stack(sizes),
+        "scan": torch.stack(scans),
         "targets": torch.stack(targets),
         "detail": torch.full((count,), pair.detail),
     }

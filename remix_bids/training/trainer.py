@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from remix_bids.experts.unet import INPUTS, ResidualUNet
+from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet
 from remix_bids.training.dataset import Simulator
 from remix_bids.training.losses import PARTS, RemixLoss
 
@@ -102,17 +102,17 @@ class Validation:
                 for n in pair.target.shape
             )
             inputs = pair.inputs[(slice(None), *middle)]
-            self._cases.append((inputs, pair.sizes, pair.target[middle]))
+            self._cases.append((inputs, pair.scan, pair.target[middle]))
 
     @torch.no_grad()
     def __call__(self, network: ResidualUNet, device: torch.device) -> float:
         gains = []
-        for inputs, sizes, target in self._cases:
+        for inputs, scan, target in self._cases:
             side = [n - n % network.multiple for n in target.shape]
             cut = tuple(slice(0, n) for n in side)
             x, y = inputs[(slice(None), *cut)].to(device), target[cut].to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16):
-                out = network(x[None], sizes[None].to(device))[0, 0].float()
+                out = network(x[None], scan[None].to(device))[0, 0].float()
             mask = (x[1] > 0) & (y > 0.05)
             gains.append(psnr(out, y, mask) - psnr(x[0], y, mask))
         return float(np.mean(gains))
@@ -121,7 +121,7 @@ class Validation:
 def save_network(network: ResidualUNet, path: Path, **provenance: object) -> None:
     """Write the weights as float16 safetensors with the design in the metadata, whole or not."""
     tensors = {k: v.detach().cpu().half().contiguous() for k, v in network.state_dict().items()}
-    design = {"inputs": network.inputs, "widths": network.widths, "channels": INPUTS}
+    design = {"inputs": network.inputs, "widths": network.widths, "channels": INPUTS, "scan": SCAN}
     metadata = {"network": json.dumps(design), "provenance": json.dumps(provenance)}
     part = path.with_suffix(".part")
     save_file(tensors, str(part), metadata=metadata)
@@ -196,7 +196,7 @@ def forward_parts(
         output = inputs[:, 0]
     else:
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
-            output = network(inputs, batch["sizes"])[:, 0]
+            output = network(inputs, batch["scan"])[:, 0]
         output = output.float()
     inner = (slice(None), *(slice(rim, n - rim) for n in output.shape[1:]))
     target, covered = batch["targets"].float(), inputs[:, 1]
