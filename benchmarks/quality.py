@@ -4,8 +4,8 @@
 
 ``TEST`` is what ``remix-experts prepare EXTERNAL_TEST TEST --test`` has written: high-resolution
 persons on the working grid. Each is taken through a held-out acquisition with Rician noise; then
-the truth, cubic interpolation, the expert, a wrong expert and outputs with a planted error are held
-against the simulated scan. ``--enforce`` measures instead what the consistency step does to PSNR.
+the truth, cubic interpolation, the input of the network as it is (identity), the expert, a wrong
+expert and outputs with a planted error are held against the simulated scan. ``--enforce`` measures instead what the consistency step does to PSNR.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def run_person(person: Person, index: int, klass: int, noise: float, experts: An
     outputs = {"truth": truth.numpy(), "cubic": low.image.numpy()}
     told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
     estimate = linear_estimate(native, told)
+    outputs["identity"] = estimate.image.numpy()
     for name, which in (("expert", str(klass)), ("wrong expert", WRONG[klass])):
         record = experts[which]
         outputs[name] = run_expert(estimate, record, load_expert(record)).numpy()

@@ -12,6 +12,8 @@ from remix_bids.simulation.estimate import (
     estimator,
     linear_estimate,
     make_consistent,
+    trust,
+    unexplained,
 )
 from remix_bids.spatial import Grid
 
@@ -69,11 +71,13 @@ def test_the_estimate_predicts_its_own_measurements(texture):
     native = acquire(texture, acquisition, GRID)
     inner = (slice(6, -6), slice(6, -6), slice(2, -2))
 
-    def unexplained(image):
+    def missing(image):
         return (acquire(image, acquisition, GRID) - native)[inner].std() / native[inner].std()
 
     spline = restore_grid(native, acquisition.grid, acquisition.world, GRID).image
-    assert unexplained(linear_estimate(native, acquisition, GRID).image) < 0.5 * unexplained(spline)
+    once = estimate_image(native, acquisition, GRID)
+    assert missing(once) < 0.5 * missing(spline)
+    assert missing(linear_estimate(native, acquisition, GRID).image) < 0.7 * missing(once)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -112,6 +116,26 @@ def test_consistency_steps_explain_the_scan(texture):
         left.append(float((acquire(image, acquisition, GRID) - native)[inner].std()))
     assert left[1] < 0.3 * left[0]
     assert left[2] < left[1]
+
+
+def test_what_is_unexplained_is_where_the_scan_differs(texture):
+    """A wrong voxel of the scan, alone; nothing where a profile reaches beyond the image."""
+    acquisition = thick()
+    native = acquire(texture, acquisition, GRID)
+    assert unexplained(texture, native, acquisition, GRID).abs().max() < 1e-5
+    native[24, 20, 6] += 3
+    native[24, 20, 0] += 3
+    found = unexplained(texture, native, acquisition, GRID)
+    assert found[24, 20, 6] == pytest.approx(3, abs=1e-5)
+    found[24, 20, 6] = 0
+    assert found.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("left", "expected"), [(0.0, 0), (0.5, 0), (0.8, 0.75), (1, 1), (5, 1)])
+def test_what_noise_explains_is_not_added(left, expected):
+    native = torch.full((8, 8, 8), 100.0)
+    missing = left * torch.tensor([-1.0, 1]).repeat(8, 8, 4)
+    assert trust(missing, native, noise=1.0) == pytest.approx(expected)
 
 
 def test_what_a_header_tells():
