@@ -3,8 +3,9 @@
     python benchmarks/estimate.py PREPARED --persons 2
 
 ``PREPARED`` is a folder of ``remix-experts prepare``. PSNR inside the brain of validation persons
-through held-out acquisitions, mean over the cases of a class; the estimate also with other
-assumptions about the covariance of a brain and about the noise. It prints a Markdown table.
+through held-out acquisitions, mean over the cases of a class; the estimate also without its
+second look and with other assumptions about the covariance of a brain and about the noise. It
+prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ def run(case: Case) -> dict[str, float]:
     for i, x in enumerate(back_project(native, acquisition, grid, low.image, max(ITERATES), 1.0)):
         if i + 1 in ITERATES:
             images[f"back-projection, {i + 1}, true profile"] = x
+    first = estimate.estimate_image(native, told, grid).clamp(min=0) * low.covered
+    missing = estimate.unexplained(first, native, told, grid)
+    images["estimate, one look"] = first
+    images["estimate, two looks, noise ignored"] = (
+        first + estimate.estimate_image(missing, told, grid) * low.covered
+    )
     for estimate.POWER, estimate.NOISE in VARIANTS:
         name = f"estimate, power {estimate.POWER}, noise {estimate.NOISE:g}"
         images[name] = estimate.linear_estimate(native, told, grid).image

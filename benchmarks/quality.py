@@ -5,7 +5,8 @@
 ``TEST`` is what ``remix-experts prepare EXTERNAL_TEST TEST --test`` has written: high-resolution
 persons on the working grid. Each is taken through a held-out acquisition with Rician noise; then
 the truth, cubic interpolation, the input of the network as it is (identity), the expert, a wrong
-expert and outputs with a planted error are held against the simulated scan. ``--enforce`` measures instead what the consistency step does to PSNR.
+expert and outputs with a planted error are held against the simulated scan. ``--enforce`` measures
+instead what the consistency step does to PSNR.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """Losses by identities; the loop by its promises: it learns, resumes and repeats."""
 
 import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from safetensors.torch import load_file
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
 from remix_bids.spatial import WORKING_GRID
+from remix_bids.training import team
 from remix_bids.training.dataset import (
     OFF,
     Augmentation,
@@ -29,10 +34,11 @@ from remix_bids.training.losses import (
     ssim_map,
 )
 from remix_bids.training.recipe import class_weights
-from remix_bids.training.trainer import Schedule, train
+from remix_bids.training.trainer import Schedule, batches, train
 
 from .test_spatial import smooth_image
 
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "mae": mae,
     "gradient": gradient_mae,
@@ -192,7 +198,7 @@ class BlurredNoise:
         low = (0.5 * (target + blurred))[0, 0]
         ones = torch.ones_like(low)
         inputs = torch.stack([low, ones, 0 * ones, 0 * ones, 0 * ones])
-        pair = Pair(inputs, torch.tensor([1.0, 1.0, 3.0]), target[0, 0], 1.0)
+        pair = Pair(inputs, torch.tensor([1.0, 1.0, 3.0, 0.0]), target[0, 0], 1.0)
         return pair, np.random.default_rng([self.seed, index])
 
     def __getitem__(self, index):
@@ -210,11 +216,11 @@ SETTINGS = {
 }
 
 
-def run(folder, steps, validate_every):
+def run(folder, steps, validate_every, task=BlurredNoise):
     torch.manual_seed(0)
     schedule = Schedule(steps=steps, validate_every=validate_every, rate=2e-3, **SETTINGS)
     network = ResidualUNet(widths=(4, 8, 8))
-    train(network, BlurredNoise(), BlurredNoise(7), schedule, folder, progress=False)
+    train(network, task(), BlurredNoise(7), schedule, folder, progress=False)
     return load_file(str(folder / "checkpoint.safetensors"))
 
 
@@ -243,6 +249,49 @@ def test_training_resumes_to_the_step_and_repeats(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     with (stopped / "log.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15", "20"]
+
+
+class Twice(BlurredNoise):
+    """Gives two processes the volumes that one process would see."""
+
+    def pair(self, index):
+        return super().pair(index // 4 * 2 + index % 2)
+
+
+def test_two_processes_hold_the_same_weights(tmp_path):
+    """Their mean gradient on the same volumes is the gradient of one of them, to the last bit."""
+    program = (
+        "import sys; from pathlib import Path; from remix_bids.training import team; "
+        "from tests.test_training import Twice, run; team.join('cpu'); "
+        "run(Path(sys.argv[1]), 6, 3, Twice)"
+    )
+    (tmp_path / "program.py").write_text(program)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(tmp_path / "program.py"), str(tmp_path / "two")),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        check=True,
+    )
+    two = load_file(str(tmp_path / "two" / "checkpoint.safetensors"))
+    one = run(tmp_path / "one", 6, 3)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_processes_simulate_volumes_of_their_own(monkeypatch):
+    seen = {}
+    for rank in range(3):
+        monkeypatch.setattr(team, "RANK", rank)
+        monkeypatch.setattr(team, "SIZE", 3)
+        task, indices = BlurredNoise(), []
+        monkeypatch.setattr(BlurredNoise, "__getitem__", lambda self, i, _=indices: _.append(i))
+        schedule = Schedule(steps=16, **SETTINGS)
+        with pytest.raises(TypeError):  # nothing was simulated, so there is nothing to merge
+            next(batches(task, schedule, 0, torch.device("cpu")))
+        seen[rank] = indices
+    assert seen == {0: [0, 1], 1: [2, 3], 2: [4, 5]}
 
 
 def test_training_learns(tmp_path):

@@ -85,15 +85,19 @@ def prepare(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train the stages of a recipe in their order."""
+    from remix_bids.training import team
     from remix_bids.training.recipe import run_recipe
 
     args.output.mkdir(parents=True, exist_ok=True)
-    shutil.copy(_recipe(args.recipe), args.output / "recipe.toml")
+    recipe = _recipe(args.recipe)
+    if team.LEADS:
+        shutil.copy(recipe, args.output / "recipe.toml")
     run_recipe(
-        args.output / "recipe.toml",
+        recipe,
         args.prepared,
         args.output,
         only=args.stage,
+        bank=args.bank,
         device=args.device,
         workers=args.workers,
     )
@@ -302,7 +306,8 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("output", type=Path, help="one folder per stage; run again to go on")
     p.add_argument("--recipe", type=Path, help="default: the shipped one")
     p.add_argument("--stage", action="append", help="only this stage (can be repeated)")
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--bank", type=Path, help="acquisitions of `harvest`; default: the shipped ones")
+    p.add_argument("--device", default="cpu", help="cpu or cuda; several by torchrun")
     p.add_argument("--workers", type=int, default=1, help="processes that simulate")
     p.set_defaults(run=train)
 

@@ -40,6 +40,7 @@ from remix_bids.experts.registry import GENERAL
 from remix_bids.simulation.acquisition import Acquisition, from_header
 from remix_bids.simulation.degrade import restore_grid
 from remix_bids.simulation.estimate import make_consistent
+from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import Grid, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
 
@@ -98,7 +99,8 @@ def _restored(
     # Back-projection is given the true profile, the experts only what header and sidecar tell.
     told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
     steps = protocol["consistency"][f"steps{noisy}"]
-    found[CONSISTENT] = make_consistent(found[EXPERT], native, told, grid, steps)
+    sigma = scan_noise(native.numpy(), acquisition.grid)
+    found[CONSISTENT] = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image

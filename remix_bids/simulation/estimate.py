@@ -109,16 +109,44 @@ def linear_estimate(
     """
     noise = scan_noise(native.cpu().numpy(), acquisition.grid)
     image = estimate_image(native, acquisition, grid)
-    # It overshoots at edges, a magnitude does not.
-    lowest = 0.0 if native.min() >= 0 else -np.inf
-    low = seen_from(image.clamp(min=lowest), acquisition.grid, acquisition.world, grid)
-    missing = unexplained(low.image, native, acquisition, grid)
-    weight = trust(missing, native, noise)
-    image = low.image
-    if weight > 0:
-        added = estimate_image(missing, acquisition, grid) * low.covered
-        image = (image + weight * added).clamp(min=lowest)
+    if native.min() >= 0:
+        image = image.clamp(min=0)  # it overshoots at edges, a magnitude does not
+    low = seen_from(image, acquisition.grid, acquisition.world, grid)
+    image = make_consistent(low.image, native, acquisition, grid, noise)
     return replace(low, image=image, noise=noise)
+
+
+def make_consistent(
+    image: Tensor,
+    native: Tensor,
+    acquisition: Acquisition,
+    grid: Grid,
+    noise: float = 0.0,
+    steps: int = 1,
+) -> Tensor:
+    """Add what an image lacks to explain the scan.
+
+    x <- x + trust E(y - A x), A the acquisition, E `estimate_image`.
+
+    Parameters
+    ----------
+    image : (x, y, z) tensor
+        On ``grid``, zero where nothing was acquired.
+    native : tensor
+        The scan, on ``acquisition.grid``.
+    noise : float
+        Of the scan; see `trust`.
+    """
+    covered = seen_from(image, acquisition.grid, acquisition.world, grid).covered
+    for _ in range(steps):
+        missing = unexplained(image, native, acquisition, grid)
+        weight = trust(missing, native, noise)
+        if weight == 0:
+            break
+        image = (image + weight * estimate_image(missing, acquisition, grid)) * covered
+        if native.min() >= 0:
+            image = image.clamp(min=0)
+    return image
 
 
 def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid) -> Tensor:
@@ -143,14 +171,3 @@ def trust(missing: Tensor, native: Tensor, noise: float) -> float:
     left = missing[(native > tissue_level(native.cpu().numpy())) & (missing != 0)]
     rms = float(left.square().mean().sqrt()) if len(left) else 0.0
     return float(np.clip(2 - noise / rms, 0, 1)) if rms > 0 else 0.0
-
-
-def make_consistent(
-    image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid, steps: int
-) -> Tensor:
-    """Add what an image lacks to explain the scan: x <- x + E(y - A x), E the linear estimate."""
-    covered = seen_from(image, acquisition.grid, acquisition.world, grid).covered
-    for _ in range(steps):
-        missing = unexplained(image, native, acquisition, grid)
-        image = (image + estimate_image(missing, acquisition, grid)).clamp(min=0) * covered
-    return image

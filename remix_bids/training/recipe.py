@@ -21,6 +21,7 @@ from remix_bids.experts.reference import reference_output
 from remix_bids.experts.registry import GENERAL, ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import CLASS_RANGES, load_bank
+from remix_bids.training import team
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
 from remix_bids.training.trainer import CHECKPOINT, Schedule, read_progress, train
@@ -45,6 +46,7 @@ def run_recipe(
     output: Path,
     *,
     only: Sequence[str] | None = None,
+    bank: Path | None = None,
     device: str = "cpu",
     workers: int = 1,
 ) -> None:
@@ -60,13 +62,16 @@ def run_recipe(
         Gets one folder per stage.
     only : sequence of str, optional
         Stages to run; all by default.
+    bank : Path, optional
+        Geometries, as `remix-experts harvest` writes them; the shipped bank by default.
     """
     recipe = tomllib.loads(recipe_file.read_text())
     data = recipe["data"]
-    bank = [g for g in load_bank() if not g.held_out]
+    geometries = [g for g in load_bank(bank) if not g.held_out]
+    device = team.join(device)
     mask = np.load(prepared / "strip_mask.npy", allow_pickle=False)
     common = {
-        "bank": bank,
+        "bank": geometries,
         "strip_mask": torch.from_numpy(mask).to(device),
         "patch": data["patch"],
         "cube": data["cube"],

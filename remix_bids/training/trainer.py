@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet
+from remix_bids.training import team
 from remix_bids.training.dataset import Simulator
 from remix_bids.training.losses import PARTS, RemixLoss
 
@@ -35,7 +37,7 @@ class Schedule:
 
     steps: int
     rate: float = 5e-4  # peak; the stages after the first take half of it
-    batch: int = 2  # patches
+    batch: int = 2  # patches, of each process
     warmup: int = 100  # steps
     final: float = 0.01  # of the peak rate, at the end of the cosine
     decay: float = 1e-4  # of weights, not of biases
@@ -58,13 +60,14 @@ class Schedule:
 def batches(
     simulator: Simulator, schedule: Schedule, start: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches from step ``start`` on: the order depends on the seed and the step only."""
+    """This process's batches from step ``start`` on: they depend on the seed and the step only."""
     per_round = schedule.volumes_per_round * simulator.patches_per_volume // schedule.batch
     number, skip = divmod(start, per_round)
-    volumes = range(
-        number * schedule.volumes_per_round,
-        (schedule.steps // per_round + 1) * schedule.volumes_per_round,
-    )
+    volumes = [
+        (turn * team.SIZE + team.RANK) * schedule.volumes_per_round + i
+        for turn in range(number, schedule.steps // per_round + 1)
+        for i in range(schedule.volumes_per_round)
+    ]
     workers = 0 if device.type == "cuda" else schedule.workers
     loader: DataLoader = DataLoader(
         cast(Dataset, simulator), batch_size=None, sampler=volumes, num_workers=workers
@@ -244,27 +247,31 @@ def train(
         if state.step >= schedule.steps:
             return best
         LOGGER.info("%s: going on from step %d", folder.name, state.step)
-    (folder / "schedule.json").write_text(json.dumps(asdict(schedule), indent=1))
-    check = Validation(validation, schedule.validation_volumes)
+    if team.LEADS:
+        (folder / "schedule.json").write_text(json.dumps(asdict(schedule), indent=1))
+        check = Validation(validation, schedule.validation_volumes)
     stream = batches(simulator, schedule, state.step, where)
     if state.loss is None:
         state.loss = loss
     if state.loss is None:
-        first = [next(stream) for _ in range(16)]
+        first = list(islice(stream, 16))
         with torch.no_grad():
             identity = [forward_parts(None, b, RemixLoss(), schedule.rim) for b in first]
-        state.loss = RemixLoss().calibrated(torch.cat(identity, dim=1))
+        parts = torch.cat(identity, dim=1).mean(dim=1, keepdim=True)
+        team.average([parts])
+        state.loss = RemixLoss().calibrated(parts)
         stream = batches(simulator, schedule, state.step, where)
         LOGGER.info("loss factors %s", dict(zip(PARTS, state.loss.factors, strict=True)))
 
-    log = folder / "log.csv"
+    log = folder / "log.csv" if team.LEADS else Path(os.devnull)
     fresh = not log.exists()
     with log.open("a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow(["step", "rate", "loss", *PARTS, "validation_gain_db"])
         recent: list[list[float]] = []
-        bar = tqdm(total=schedule.steps, initial=state.step, desc=folder.name, disable=not progress)
+        quiet = not (progress and team.LEADS)
+        bar = tqdm(total=schedule.steps, initial=state.step, desc=folder.name, disable=quiet)
         for batch in stream:
             if state.step >= schedule.steps:
                 break
@@ -275,6 +282,7 @@ def train(
             total = state.loss(parts)
             state.optimiser.zero_grad(set_to_none=True)
             total.backward()
+            team.average(p.grad for p in state.network.parameters() if p.grad is not None)
             torch.nn.utils.clip_grad_norm_(state.network.parameters(), schedule.clip)
             state.optimiser.step()
             state.step += 1
@@ -286,7 +294,8 @@ def train(
                 mean.lerp_(value.detach(), 1 - keep)
             recent.append([float(total.detach()), *parts.detach().mean(dim=1).tolist()])
             bar.update()
-            if state.step % schedule.validate_every == 0 or state.step == schedule.steps:
+            due = state.step % schedule.validate_every == 0 or state.step == schedule.steps
+            if due and team.LEADS:
                 gain = check(state.average, where)
                 means = np.mean(recent, axis=0)
                 recent = []
@@ -300,4 +309,5 @@ def train(
                     save_network(state.average, best, step=state.step, validation_gain_db=gain)
                 state.save(checkpoint)
         bar.close()
+    team.wait()  # the next stage begins with what the first process has written
     return best
