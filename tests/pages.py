@@ -1,6 +1,8 @@
 """Report pages for tests: every part is what a run writes, only the volumes are small."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,27 @@ from remix_bids.qc import mosaic
 from remix_bids.reports.individual import build_report
 
 MEASURES = ("sharpness", "anisotropy", "noise", "snr", "cnr", "brain_volume")
+
+
+def open_browser():
+    """A headless Chromium that keeps its console and its requests in logs."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (chromium and driver):
+        raise FileNotFoundError(
+            "no chromium or no chromedriver: apt-get install chromium chromium-driver"
+        )
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--disable-gpu", "--disable-background-networking"):
+        options.add_argument(argument)
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options=options, service=Service(driver))
 
 
 def sidecar(expert="5", warnings=()):

@@ -7,7 +7,6 @@ run. They fail where there is no browser.
 import io
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -17,7 +16,7 @@ import pytest
 from PIL import Image
 
 from remix_bids.reports.group import write_group
-from tests.pages import figures_of, write_subject
+from tests.pages import figures_of, open_browser, write_subject
 
 pytestmark = pytest.mark.browser
 
@@ -28,21 +27,7 @@ N_ROWS = 2000
 
 @pytest.fixture(scope="module")
 def browser():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.fail("no chromium or no chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--disable-gpu", "--disable-background-networking"):
-        options.add_argument(argument)
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    session = webdriver.Chrome(options=options, service=Service(driver))
+    session = open_browser()
     yield session
     session.quit()
 
