@@ -38,7 +38,7 @@ from remix_bids.evaluation.segmenters import (
 )
 from remix_bids.experts.registry import GENERAL
 from remix_bids.simulation.acquisition import Acquisition, from_header
-from remix_bids.simulation.degrade import restore_grid
+from remix_bids.simulation.degrade import restore_grid, seen_from
 from remix_bids.simulation.estimate import make_consistent
 from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import Grid, index_map
@@ -100,7 +100,8 @@ def _restored(
     told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
     steps = protocol["consistency"][f"steps{noisy}"]
     sigma = scan_noise(native.numpy(), acquisition.grid)
-    found[CONSISTENT] = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
+    enforced = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
+    found[CONSISTENT] = seen_from(enforced, acquisition.grid, acquisition.world, grid).image
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image

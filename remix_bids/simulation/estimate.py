@@ -8,6 +8,7 @@ back-projection (docs/experiments.md).
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -111,9 +112,9 @@ def linear_estimate(
     image = estimate_image(native, acquisition, grid)
     if native.min() >= 0:
         image = image.clamp(min=0)  # it overshoots at edges, a magnitude does not
+    image = make_consistent(image, native, acquisition, grid, noise)
     low = seen_from(image, acquisition.grid, acquisition.world, grid)
-    image = make_consistent(low.image, native, acquisition, grid, noise)
-    return replace(low, image=image, noise=noise)
+    return replace(low, noise=noise)
 
 
 def make_consistent(
@@ -131,26 +132,29 @@ def make_consistent(
     Parameters
     ----------
     image : (x, y, z) tensor
-        On ``grid``, zero where nothing was acquired.
+        On ``grid``; what it holds where nothing was acquired does not matter.
     native : tensor
         The scan, on ``acquisition.grid``.
     noise : float
         Of the scan; see `trust`.
     """
-    covered = seen_from(image, acquisition.grid, acquisition.world, grid).covered
     for _ in range(steps):
         missing = unexplained(image, native, acquisition, grid)
         weight = trust(missing, native, noise)
         if weight == 0:
             break
-        image = (image + weight * estimate_image(missing, acquisition, grid)) * covered
+        image = image + weight * estimate_image(missing, acquisition, grid)
         if native.min() >= 0:
             image = image.clamp(min=0)
     return image
 
 
 def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid) -> Tensor:
-    """Scan less what a scanner would have seen of an image; 0 for voxels not wholly in its grid."""
+    """Scan less what a scanner would have seen of an image.
+
+    0 for voxels whose profile reaches beyond the grid, or beyond the field of view, where the image
+    holds nothing that was measured.
+    """
     mapping = index_map(acquisition.grid, grid, np.linalg.inv(acquisition.world))
     reach = GAUSSIAN_REACH * np.array(acquisition.widths) / acquisition.grid.voxel_sizes
     margin = np.abs(mapping[:3, :3]) @ reach
@@ -159,6 +163,10 @@ def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: G
     places = voxel_indices(mapping, (x, y, z), native)
     for place, rim, n in zip(places, margin, grid.shape, strict=True):
         inside &= (place >= rim) & (place <= n - 1 - rim)
+    for axis, rim in enumerate(reach - 0.5):
+        lost = min(max(0, math.ceil(rim)), native.shape[axis])
+        inside.narrow(axis, 0, lost).fill_(False)
+        inside.narrow(axis, native.shape[axis] - lost, lost).fill_(False)
     return (native - acquire(image, acquisition, grid)) * inside
 
 
