@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nibabel as nb
 import numpy as np
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates, spline_filter
 from skimage.feature import corner_peaks, structure_tensor
 from skimage.registration import phase_cross_correlation
 
@@ -29,11 +29,11 @@ OFF = np.array([0.0, 0.0, 0.5])  # mm: what the measurement must be able to see
 REACH = 70  # mm from the middle of the field of view
 
 
-def sample(image: nb.Nifti1Image, data: np.ndarray, world: np.ndarray) -> np.ndarray:
-    """Cubic interpolation at places (3, ...) of the scanner's world, mm."""
+def sample(image: nb.Nifti1Image, spline: np.ndarray, world: np.ndarray) -> np.ndarray:
+    """Cubic interpolation at places (3, ...) of the scanner's world, mm, from its coefficients."""
     to_index = np.linalg.inv(image.affine)
     index = np.tensordot(to_index[:3, :3], world, 1) + to_index[:3, 3].reshape(-1, *[1] * 3)
-    return map_coordinates(data, index, order=3, mode="nearest")
+    return map_coordinates(spline, index, order=3, mode="nearest", prefilter=False)
 
 
 def landmarks(image: nb.Nifti1Image, data: np.ndarray, count: int) -> np.ndarray:
@@ -56,10 +56,12 @@ def displacements(source: Path, output: Path, count: int, off: np.ndarray) -> np
     offsets = np.stack(np.meshgrid(ticks, ticks, ticks, indexing="ij"))
     window = np.hanning(len(ticks))
     window = window[:, None, None] * window[:, None] * window
+    splines = [spline_filter(data, mode="nearest", output=np.float32) for data in (low, high)]
     shifts = []
     for place in landmarks(made, high, count):
         world = place.reshape(3, 1, 1, 1) + offsets
-        blocks = [sample(scan, low, world), sample(made, high, world + off.reshape(3, 1, 1, 1))]
+        moved = world + off.reshape(3, 1, 1, 1)
+        blocks = [sample(scan, splines[0], world), sample(made, splines[1], moved)]
         blocks = [(block - block.mean()) * window for block in blocks]
         shift, *_ = phase_cross_correlation(*blocks, upsample_factor=20, normalization=None)
         shifts.append(np.linalg.norm(shift) * STEP)
@@ -70,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bids", type=Path)
     parser.add_argument("derivatives", type=Path)
-    parser.add_argument("--landmarks", type=int, default=60, help="of each scan")
+    parser.add_argument("--landmarks", type=int, default=40, help="of each scan")
     parser.add_argument("--out", type=Path, required=True, help="without extension")
     given = parser.parse_args()
     git = ["git", "rev-parse", "--short", "HEAD"]
