@@ -8,9 +8,7 @@ from remix_bids.simulation.acquisition import slice_axis
 from remix_bids.spatial import Grid
 
 _MAD_TO_SIGMA = 1.4826
-_TISSUE = (
-    0.3  # of the 99th percentile of what is not zero: above it Rician noise is nearly Gaussian
-)
+_TISSUE = 0.3  # of the 99th percentile of what is not zero
 
 
 def tissue_level(native: np.ndarray) -> float:
