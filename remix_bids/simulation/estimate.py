@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -33,6 +34,7 @@ from remix_bids.spatial import (
 LENGTH, POWER, NOISE = 12.0, 1.3, 2e-4
 IMAGE_WIDTH = 1.0  # mm, of the voxels that are to be estimated
 _NODE_MM = 0.5
+_NEGLIGIBLE = 1e-5  # weights below are dropped: most of a matrix is, and need not be multiplied
 _UNKNOWN_MEAN = 100.0  # variance of the mean, so large that the data alone determine it
 _FWHM_TO_SIGMA = 0.42466
 
@@ -69,7 +71,14 @@ def estimator(n: int, spacing: float, width: float, positions: np.ndarray) -> np
     across = _covariance(np.abs(positions[:, None] - samples), np.hypot(IMAGE_WIDTH, width))
     system = between + NOISE * np.eye(n) + _UNKNOWN_MEAN
     matrix = np.linalg.solve(system, (across + _UNKNOWN_MEAN).T).T
+    matrix = np.where(np.abs(matrix) > _NEGLIGIBLE, matrix, 0.0)
     return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+@lru_cache(maxsize=6)  # three axes, and both looks at a scan need the same
+def _table_matrix(n: int, spacing: float, width: float, start: float, nodes: int) -> np.ndarray:
+    """`estimator` at some nodes from ``start`` (mm) on."""
+    return estimator(n, spacing, width, start + _NODE_MM * np.arange(nodes))
 
 
 def estimate_image(native: Tensor, acquisition: Acquisition, grid: Grid = WORKING_GRID) -> Tensor:
@@ -93,8 +102,8 @@ def estimate_image(native: Tensor, acquisition: Acquisition, grid: Grid = WORKIN
         # Half a voxel beyond the first and last sample is still covered.
         low = np.clip(reached[:, axis].min(), -0.5, n - 1) * spacing
         high = np.clip(reached[:, axis].max(), 0, n - 0.5) * spacing
-        positions = low + _NODE_MM * np.arange(max(2, np.ceil((high - low) / _NODE_MM) + 1))
-        matrix = estimator(n, float(spacing), acquisition.widths[axis], positions)
+        nodes = max(2, int(np.ceil((high - low) / _NODE_MM)) + 1)
+        matrix = _table_matrix(n, float(spacing), acquisition.widths[axis], float(low), nodes)
         table = along_axis(torch.as_tensor(matrix, dtype=native.dtype).to(native), table, axis)
         to_nodes[axis, axis], to_nodes[axis, 3] = spacing / _NODE_MM, -low / _NODE_MM
     return resample(table, to_nodes @ mapping, grid.shape, "linear")
