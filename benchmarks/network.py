@@ -41,6 +41,7 @@ def measure_memory(experts_dir: Path | None) -> None:
     from remix_bids.experts.inference import enhance, load_expert
     from remix_bids.experts.registry import load_registry
     from remix_bids.simulation.acquisition import Sampling
+    from remix_bids.simulation.estimate import Estimate
     from remix_bids.spatial import WORKING_GRID
 
     torch.set_num_threads(1)
@@ -49,9 +50,12 @@ def measure_memory(experts_dir: Path | None) -> None:
     rng = np.random.default_rng(0)
     image = rng.random(WORKING_GRID.shape, dtype=np.float32)
     sampling = Sampling(np.diag([1.0, 1, 0.25, 1])[:3], np.array([1.0, 1, 4]))
-    covered = np.ones(WORKING_GRID.shape, dtype=bool)
+    covered = torch.ones(WORKING_GRID.shape, dtype=torch.bool)
+    low = Estimate(
+        torch.from_numpy(image), covered, sampling, torch.zeros_like(covered) * 0.0, 0.01
+    )
     before, start = megabytes_at_peak(), time.process_time()
-    enhance(image, covered, sampling, 0.01, record, network=network)
+    enhance(low, record, network=network)
     seconds = time.process_time() - start
     print(json.dumps({"before": before, "peak": megabytes_at_peak(), "cpu_s": seconds}))
 

@@ -31,7 +31,8 @@ from remix_bids.experts.registry import load_registry
 from remix_bids.qc import consistency, quality
 from remix_bids.simulation.acquisition import Acquisition, from_header, slice_axis, to_working_grid
 from remix_bids.simulation.degrade import acquire, add_rician_noise, restore_grid
-from remix_bids.simulation.estimate import linear_estimate
+from remix_bids.simulation.estimate import linear_estimate, make_consistent
+from remix_bids.spatial import WORKING_GRID
 from remix_bids.training.dataset import Person, load_persons
 
 SEED = 4
@@ -153,10 +154,9 @@ def run_enforced(person: Person, index: int, klass: int, noise: float, experts: 
     told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
     estimate = linear_estimate(native, told)
     expert = run_expert(estimate, record, load_expert(record)).numpy()
-    scan = native.numpy()
-    inside = consistency.to_native(brain, acquisition)
-    sigma = consistency.estimate_noise(scan, inside, acquisition.grid)
-    enforced, steps = consistency.enforce(scan, expert, covered, acquisition, sigma)
+    given = (torch.from_numpy(expert), native, told, WORKING_GRID, estimate.noise)
+    enforced, steps = make_consistent(*given)
+    enforced = enforced.numpy() * covered
     mask = eroded(torch.from_numpy(brain), 2)
     before, after = (psnr(torch.from_numpy(v), truth, mask) for v in (expert, enforced))
     return [

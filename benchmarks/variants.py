@@ -46,9 +46,9 @@ class Unscaled(unet.ResidualUNet):
     """The last layer gives the residual itself."""
 
     def forward(self, x: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
-        missing = unet._RESIDUAL * (scan[:, :3].amax(dim=1).clamp(1, 9) - 0.9)
+        scale = unet.residual_scale(scan)[:, None, None, None, None]
         image = x[:, :1]
-        return image + (super().forward(x, scan) - image) / missing[:, None, None, None, None]
+        return image + (super().forward(x, scan) - image) / scale
 
 
 VARIANTS = {
@@ -60,11 +60,16 @@ VARIANTS = {
 }
 
 
-def train(kind: type, rate: float, pool: dict[str, torch.Tensor], steps: int) -> torch.nn.Module:
-    torch.manual_seed(0)
-    network = kind()
+def train(
+    network: unet.ResidualUNet,
+    rate: float,
+    pool: dict[str, torch.Tensor],
+    steps: int,
+    loss: RemixLoss,
+) -> None:
+    """A short training on patches that are all there."""
     optimiser = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
-    generator, loss = torch.Generator().manual_seed(1), RemixLoss(FACTORS)
+    generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = (
@@ -76,17 +81,21 @@ def train(kind: type, rate: float, pool: dict[str, torch.Tensor], steps: int) ->
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
-    return network
 
 
 @torch.no_grad()
-def gain(network: torch.nn.Module, pair: Pair) -> float:
+def restored(network: unet.ResidualUNet, pair: Pair) -> tuple[torch.Tensor, ...]:
+    """Output, input and target in the middle of a simulated volume, and where the head is."""
     middle = slice(16, 112)
     x, y = pair.inputs[:, middle, middle, middle], pair.target[middle, middle, middle]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = network(x[None], pair.scan[None])[0, 0].float()
-    mask = (x[1] > 0) & (y > 0.05)
-    return psnr(out, y, mask) - psnr(x[0], y, mask)
+    return out, x[0], y, (x[1] > 0) & (y > 0.05)
+
+
+def gain(network: unet.ResidualUNet, pair: Pair) -> float:
+    out, low, y, mask = restored(network, pair)
+    return psnr(out, y, mask) - psnr(low, y, mask)
 
 
 def main() -> None:
@@ -113,7 +122,9 @@ def main() -> None:
     print(f"| variant, {given.steps} steps | thick slices ({len(thick)}) | others ({len(other)}) |")
     print("| --- | --- | --- |")
     for name, (kind, rate) in VARIANTS.items():
-        network = train(kind, rate, pool, given.steps)
+        torch.manual_seed(0)
+        network = kind()
+        train(network, rate, pool, given.steps, RemixLoss(FACTORS))
         means = [np.mean([gain(network, p) for p in group]) for group in (thick, other)]
         print(f"| {name} | {means[0]:+.2f} | {means[1]:+.2f} |", flush=True)
 

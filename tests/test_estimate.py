@@ -112,7 +112,8 @@ def test_consistency_steps_explain_the_scan(texture):
     inner = (slice(6, -6), slice(6, -6), slice(2, -2))
     left = []
     for steps in (0, 1, 3):
-        image = make_consistent(flat, native, acquisition, GRID, steps=steps)
+        image, taken = make_consistent(flat, native, acquisition, GRID, steps=steps)
+        assert taken == steps
         left.append(float((acquire(image, acquisition, GRID) - native)[inner].std()))
     assert left[1] < 0.3 * left[0]
     assert left[2] < left[1]

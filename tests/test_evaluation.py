@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from remix_bids.errors import UsageError
 from remix_bids.evaluation.cases import cases
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
@@ -19,7 +20,8 @@ from remix_bids.evaluation.metrics import (
     ssim,
 )
 from remix_bids.evaluation.plot import plot
-from remix_bids.evaluation.run import METHODS
+from remix_bids.evaluation.restore import experts_digest, read_rows, write_rows
+from remix_bids.evaluation.run import METHODS, Settings, evaluate, finished
 from remix_bids.evaluation.table import best_iterations, bootstrap_interval, to_markdown
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
 from remix_bids.simulation.degrade import acquire
@@ -188,3 +190,34 @@ def test_dice_and_other_programs_get_their_columns(tmp_path):
     plot([*found, *other], tmp_path / "two.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert "PSNR gain over cubic" in (tmp_path / "one.svg").read_text()
+
+
+def measured(todo, experts):
+    """Two rows of each case, as a TSV gives them back."""
+    return [
+        {"person": c.person.name, "class": str(c.klass), "kind": c.kind, "noise": str(c.noise),
+         "experts": experts, "method": method}
+        for c in todo
+        for method in ("cubic", "expert")
+    ]  # fmt: skip
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path):
+    todo, experts = cases(people(2), protocol(), [3], [0.0, 0.02]), experts_digest(None)
+    assert len({(c.person.name, c.klass, c.kind, c.noise) for c in todo}) == len(todo)
+    rows = measured(todo, experts)
+    settings = Settings(protocol())
+    assert finished(rows, todo, settings) == rows
+    # The last case was cut off; cases that nobody asks for now are left out.
+    assert finished(rows[:-1], todo, settings) == rows[:-2]
+    assert finished(rows, todo[1:], settings) == rows[2:]
+    # What is there is not run again: these persons have no voxels to run on.
+    write_rows(tmp_path / "rows.tsv", [], rows)
+    assert evaluate(todo, settings, tmp_path / "rows.tsv") == rows
+    assert read_rows(tmp_path / "rows.tsv") == rows
+
+
+def test_rows_of_other_experts_are_not_mixed_in():
+    todo = cases(people(1), protocol(), [3], [0.0])
+    with pytest.raises(UsageError, match="other experts"):
+        finished(measured(todo, "0123abcd"), todo, Settings(protocol()))

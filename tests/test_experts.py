@@ -14,8 +14,14 @@ from remix_bids.experts.registry import (
     load_registry,
     voxel_volume,
 )
-from remix_bids.experts.unet import ResidualUNet, depth_to_space, space_to_depth
+from remix_bids.experts.unet import (
+    ResidualUNet,
+    depth_to_space,
+    residual_scale,
+    space_to_depth,
+)
 from remix_bids.simulation.acquisition import Sampling
+from remix_bids.simulation.estimate import Estimate
 from remix_bids.training.trainer import save_network
 
 SIZES = np.array([1.0, 1.0, 4.0])
@@ -24,13 +30,20 @@ SCAN = torch.tensor([[*SIZES, NOISE]], dtype=torch.float32)
 SAMPLING = Sampling(np.eye(3, 4), np.ones(3))
 
 
+def estimate(image, covered, sampling=SAMPLING, rest=None):
+    """What a network is fed, from arrays."""
+    image = torch.tensor(np.ascontiguousarray(image))
+    rest = torch.zeros_like(image) if rest is None else torch.tensor(np.ascontiguousarray(rest))
+    return Estimate(image, torch.tensor(np.ascontiguousarray(covered)), sampling, rest, NOISE)
+
+
 def test_depth_to_space_undoes_space_to_depth():
     x = torch.rand(2, 3, 4, 6, 8)
     assert torch.equal(depth_to_space(space_to_depth(x)), x)
 
 
 def test_an_untrained_network_is_the_identity():
-    x = torch.rand(1, 5, 16, 16, 24)
+    x = torch.rand(1, 6, 16, 16, 24)
     assert torch.equal(ResidualUNet(widths=(4, 8, 8))(x, SCAN), x[:, :1])
 
 
@@ -38,13 +51,13 @@ def test_every_weight_learns():
     network = ResidualUNet(widths=(4, 8, 8))
     for layer in (network.out, network.scan[2]):
         torch.nn.init.normal_(layer.weight, std=0.01)
-    network(torch.rand(1, 5, 16, 16, 16), SCAN).square().mean().backward()
+    network(torch.rand(1, 6, 16, 16, 16), SCAN).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
 def test_any_size_is_padded_and_cut_back():
     network = ResidualUNet(widths=(4, 8, 8))
-    inputs = torch.rand(5, 13, 17, 9)
+    inputs = torch.rand(6, 13, 17, 9)
     assert torch.equal(predict(network, inputs, SCAN[0]), inputs[0])
 
 
@@ -60,8 +73,30 @@ def trained_by_chance():
 @pytest.mark.parametrize("other", [[1.0, 1.0, 6.0, 0.01], [1.0, 1.0, 4.0, 0.03]])
 def test_voxel_sizes_and_noise_matter(other):
     network = trained_by_chance()
-    x = torch.rand(1, 5, 16, 16, 16)
+    x = torch.rand(1, 6, 16, 16, 16)
     assert (network(x, SCAN) - network(x, torch.tensor([other]))).abs().max() > 1e-4
+
+
+def test_the_rest_matters():
+    network = trained_by_chance()
+    x = torch.rand(1, 6, 16, 16, 16)
+    other = x.clone()
+    other[:, 5] = 0
+    assert (network(x, SCAN) - network(other, SCAN)).abs().max() > 1e-4
+
+
+def test_thick_slices_and_noise_leave_much_to_add():
+    scans = [
+        [1.0, 1, 1, 0],
+        [1, 1, 2, 0],
+        [1, 1, 4, 0],
+        [4, 1, 1, 0],
+        [1, 1, 4, 0.05],
+        [1, 1, 12, 0],
+    ]
+    fine, two, four, turned, noisy, beyond = residual_scale(torch.tensor(scans)).tolist()
+    assert 0 < fine < two < four == turned < noisy < beyond
+    assert beyond == residual_scale(torch.tensor([[1.0, 1, 9, 0]])).item()
 
 
 def test_slices_may_be_stacked_along_any_axis():
@@ -71,13 +106,13 @@ def test_slices_may_be_stacked_along_any_axis():
     image = generator.random((16, 24, 32), dtype=np.float32)
     covered = np.ones(image.shape, bool)
     rows = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.25, 0]])
-    axial = enhance(image, covered, Sampling(rows, SIZES), NOISE, record, network=network)
+    rest = generator.normal(0, 0.01, image.shape).astype(np.float32)
+    axial = enhance(estimate(image, covered, Sampling(rows, SIZES), rest), record, network=network)
     order = [2, 1, 0]  # the first and the last axis swapped
     turned = Sampling(rows[order][:, [*order, 3]], SIZES[order])
     swap = (2, 1, 0)
-    sagittal = enhance(
-        image.transpose(swap), covered.transpose(swap), turned, NOISE, record, network=network
-    )
+    swapped = (image.transpose(swap), covered.transpose(swap), turned, rest.transpose(swap))
+    sagittal = enhance(estimate(*swapped), record, network=network)
     np.testing.assert_allclose(sagittal.transpose(swap), axial, atol=1e-6)
     assert np.abs(axial - image).max() > 1e-3
 
@@ -162,7 +197,8 @@ def test_intensities_stay_the_scanners(tmp_path):
     covered = np.ones(image.shape, bool)
     covered[:3] = False
     for factor in (1.0, 1e-4, 1e5):
-        out = enhance(image * factor * covered, covered, SAMPLING, NOISE, record)
+        scaled = (image * factor * covered).astype(np.float32)
+        out = enhance(estimate(scaled, covered), record)
         np.testing.assert_allclose(out, image * factor * covered, rtol=1e-4)
         assert out.dtype == np.float32
 
@@ -180,4 +216,4 @@ def test_scale_ignores_air():
 def test_an_empty_image_is_refused(covered, tmp_path):
     zeros = np.zeros((8, 8, 8), np.float32)
     with pytest.raises(InputImageError):
-        enhance(zeros, np.full(zeros.shape, covered), SAMPLING, NOISE, expert_file(tmp_path))
+        enhance(estimate(zeros, np.full(zeros.shape, covered)), expert_file(tmp_path))

@@ -157,6 +157,7 @@ def inputs(tmp_path_factory):
     values = {
         "in_file": rng.random(WORKING_GRID.shape, dtype=np.float32) * 800 * covered,
         "estimate": rng.random(WORKING_GRID.shape, dtype=np.float32) * 800 * covered,
+        "rest": rng.normal(0, 10, WORKING_GRID.shape).astype(np.float32) * covered,
         "coverage": covered,
     }
     for name, array in values.items():

@@ -4,12 +4,14 @@ import csv
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.ndimage import gaussian_filter
 
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
@@ -22,6 +24,8 @@ from remix_bids.training.dataset import (
     Person,
     Simulator,
     draw_patches,
+    sharpened,
+    study_shares,
     vary,
 )
 from remix_bids.training.losses import (
@@ -33,8 +37,8 @@ from remix_bids.training.losses import (
     ssim_loss,
     ssim_map,
 )
-from remix_bids.training.recipe import class_weights
-from remix_bids.training.trainer import Schedule, batches, train
+from remix_bids.training.recipe import begin_with, class_weights
+from remix_bids.training.trainer import Schedule, batches, forward_parts, train
 
 from .test_spatial import smooth_image
 
@@ -174,6 +178,57 @@ def test_augmentation_off_changes_nothing():
     assert torch.equal(vary(np.random.default_rng(0), p, OFF, mask), p.image.float())
 
 
+def test_sharpness_is_what_a_blur_takes_away():
+    image = smooth_image((24, 24, 24)) + torch.rand(24, 24, 24)
+    image[:8] = 0
+    blurred = torch.from_numpy(gaussian_filter(image.numpy(), 1, radius=3, mode="constant"))
+    weaker = sharpened(image, -0.5)
+    inner = (slice(8, -4), slice(4, -4), slice(4, -4))
+    torch.testing.assert_close(weaker[inner], (0.5 * (image + blurred))[inner], rtol=0, atol=1e-5)
+    assert torch.equal(sharpened(image, 0.0), image)
+    assert not sharpened(image, 0.5)[:8].any()  # air stays air
+    assert sharpened(image, 0.5).min() >= 0
+
+
+def test_persons_of_large_studies_are_drawn_less():
+    """Nine persons of one study, one of another: three to one."""
+    many = [replace(person(1, head=False), name=f"site{i:02d}") for i in range(9)]
+    alone = replace(person(2, head=False), name="alone")
+    assert {p.study for p in many} == {"site"}
+    assert replace(alone, name="ds002748x07").study == "ds002748"
+    shares = study_shares([*many, alone])
+    assert shares[:9].sum() == pytest.approx(3 * shares[9])
+    assert shares.sum() == pytest.approx(1)
+
+
+def test_a_new_input_begins_at_zero():
+    old, new = ResidualUNet(5, (4, 8, 8)), ResidualUNet(6, (4, 8, 8))
+    torch.nn.init.normal_(old.out.weight)
+    begin_with(new, old.state_dict())
+    x = torch.rand(1, 6, 16, 16, 16)
+    scan = torch.tensor([[1.0, 1, 4, 0.01]])
+    torch.testing.assert_close(new(x, scan), old(x[:, :5], scan))
+
+
+class Constant(torch.nn.Module):
+    """An error of the same size everywhere."""
+
+    def forward(self, x, scan):
+        return x[:, :1] + 0.01
+
+
+def test_a_patch_counts_relative_to_what_its_scan_lacks():
+    image = torch.rand(1, 1, 16, 16, 16).expand(2, 6, 16, 16, 16)
+    batch = {
+        "inputs": torch.cat([image[:, :1], torch.ones(2, 1, 16, 16, 16), image[:, 2:]], dim=1),
+        "scan": torch.tensor([[1.0, 1, 2, 0], [1, 1, 6, 0]]),
+        "targets": image[:, 0],
+        "detail": torch.ones(2),
+    }
+    mae_of = forward_parts(Constant(), batch, RemixLoss(), 2)[0]
+    assert float(mae_of[0] / mae_of[1]) == pytest.approx((6 - 0.9) / (2 - 0.9), rel=0.02)
+
+
 def test_class_weights_follow_the_recipe():
     assert class_weights("1", {}, 0.85) == pytest.approx((0.85, 0.15, 0, 0, 0, 0, 0))
     assert class_weights("4", {}, 0.85) == pytest.approx((0, 0, 0.075, 0.85, 0.075, 0, 0))
@@ -197,7 +252,7 @@ class BlurredNoise:
         blurred = torch.nn.functional.avg_pool3d(target, 3, stride=1, padding=1)
         low = (0.5 * (target + blurred))[0, 0]
         ones = torch.ones_like(low)
-        inputs = torch.stack([low, ones, 0 * ones, 0 * ones, 0 * ones])
+        inputs = torch.stack([low, ones, *torch.zeros(4, *low.shape)])
         pair = Pair(inputs, torch.tensor([1.0, 1.0, 3.0, 0.0]), target[0, 0], 1.0)
         return pair, np.random.default_rng([self.seed, index])
 

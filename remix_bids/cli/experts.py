@@ -141,10 +141,9 @@ def write_tables(rows: list[dict], path: Path) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Tables and plot of rows that `evaluate` has written, in one go or in several."""
-    rows = []
-    for path in args.rows:
-        with path.open(newline="") as file:
-            rows += list(csv.DictReader(file, delimiter="\t"))
+    from remix_bids.evaluation.restore import read_rows
+
+    rows = [row for path in args.rows for row in read_rows(path)]
     if not rows:
         raise UsageError(
             "there are no rows; name TSV files that remix-experts evaluate has written"
@@ -322,7 +321,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("evaluate", help=evaluate.__doc__)
     p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
-    p.add_argument("output", type=Path, help="TSV of all rows; the tables go to .md beside it")
+    p.add_argument("output", type=Path, help="TSV of rows, tables beside it; run again to go on")
     p.add_argument("--protocol", type=Path, help="default: the shipped one")
     p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
     p.add_argument("--classes", type=int, nargs="+", default=list(range(1, 8)))

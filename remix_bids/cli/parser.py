@@ -177,8 +177,8 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--enforce-consistency",
         action="store_true",
-        help="after the network, make the output agree with the acquired voxels by a few steps of "
-        "back-projection",
+        help="after the network, make the output agree with the acquired voxels by a step of "
+        "back-projection, as far as they stand out of the noise",
     )
     how.add_argument(
         "--leave-slices-out",

@@ -11,7 +11,8 @@ from remix_bids.experts.inference import enhance
 from remix_bids.experts.registry import ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import Acquisition
-from remix_bids.simulation.degrade import LowResolution, acquire, restore_grid
+from remix_bids.simulation.degrade import acquire, restore_grid
+from remix_bids.simulation.estimate import Estimate
 from remix_bids.spatial import Grid
 
 
@@ -40,8 +41,6 @@ def back_project(
         yield x
 
 
-def run_expert(low: LowResolution, record: ExpertRecord, network: ResidualUNet) -> Tensor:
+def run_expert(low: Estimate, record: ExpertRecord, network: ResidualUNet) -> Tensor:
     """An expert on the linear estimate."""
-    arrays = (low.image.numpy(), low.covered.numpy())
-    told = (low.sampling, low.noise)
-    return torch.from_numpy(enhance(*arrays, *told, record, network=network))
+    return torch.from_numpy(enhance(low, record, network=network))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,12 @@ def registry_of(experts_dir: Path | None) -> Registry:
     """The experts of a folder; on one thread, whose number changes the last digit."""
     torch.set_num_threads(1)
     return load_registry(experts_dir)
+
+
+def experts_digest(experts_dir: Path | None) -> str:
+    """The first digits of the sha256 of all networks together: which set of experts this is."""
+    told = "".join(record.sha256 for record in load_registry(experts_dir))
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def see(truth: Tensor, acquisition: Acquisition, noise: float, seed: Sequence[int]) -> Tensor:
@@ -70,13 +78,24 @@ def restore(
     return results
 
 
-def write_rows(path: Path, batches: Iterable[Sequence[dict]]) -> list[dict]:
-    """Write rows to a TSV as they come, so that a stopped run leaves what it has; return all."""
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a TSV, as strings."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def write_rows(
+    path: Path, batches: Iterable[Sequence[dict]], kept: Sequence[dict] = ()
+) -> list[dict]:
+    """Write rows to a TSV as they come, so that a stopped run leaves what it has; return all.
+
+    ``kept``: rows that come first.
+    """
     rows: list[dict] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer: csv.DictWriter | None = None
-        for batch in batches:
+        for batch in chain([kept], batches):
             if writer is None and batch:
                 writer = csv.DictWriter(file, batch[0], delimiter="\t", lineterminator="\n")
                 writer.writeheader()

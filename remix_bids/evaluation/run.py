@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from remix_bids.errors import UsageError
 from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.external import run_command
 from remix_bids.evaluation.methods import back_project, interpolate
@@ -26,7 +27,16 @@ from remix_bids.evaluation.metrics import (
     psnr,
     ssim,
 )
-from remix_bids.evaluation.restore import CUBIC, ESTIMATE, registry_of, restore, see, write_rows
+from remix_bids.evaluation.restore import (
+    CUBIC,
+    ESTIMATE,
+    experts_digest,
+    read_rows,
+    registry_of,
+    restore,
+    see,
+    write_rows,
+)
 from remix_bids.evaluation.segmenters import (
     Segmenter,
     atropos,
@@ -41,7 +51,7 @@ from remix_bids.simulation.acquisition import Acquisition, from_header
 from remix_bids.simulation.degrade import restore_grid, seen_from
 from remix_bids.simulation.estimate import make_consistent
 from remix_bids.simulation.noise import scan_noise
-from remix_bids.spatial import Grid, index_map
+from remix_bids.spatial import Grid, coverage, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
 
 BACK_PROJECTION, EXPERT, CONSISTENT = "back-projection", "expert", "expert + steps"
@@ -86,21 +96,22 @@ def _restored(
     protocol = settings.protocol
     how = protocol["back_projection"]
     noisy = "_noise" if case.noise else ""
-    iterations = how["most"] if settings.tune else how[f"iterations{noisy}"][case.klass - 1]
-    start = interpolate(native, acquisition, grid, "cubic")
-    iterates = back_project(native, acquisition, grid, start, iterations, how["step"])
     if settings.tune:
+        start = interpolate(native, acquisition, grid, "cubic")
+        iterates = back_project(native, acquisition, grid, start, how["most"], how["step"])
         return {"0": start} | {str(i): x for i, x in enumerate(iterates, 1)}
     registry = registry_of(settings.experts_dir)
     found = restore(native, acquisition, grid, [registry[GENERAL], registry[str(case.klass)]])
     found[EXPERT] = found.pop(str(case.klass))
     found["linear"] = interpolate(native, acquisition, grid, "linear")
-    found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else start
+    iterations = how[f"iterations{noisy}"][case.klass - 1]
+    iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, how["step"])
+    found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
     # Back-projection is given the true profile, the experts only what header and sidecar tell.
     told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
     steps = protocol["consistency"][f"steps{noisy}"]
     sigma = scan_noise(native.numpy(), acquisition.grid)
-    enforced = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
+    enforced, _ = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
     found[CONSISTENT] = seen_from(enforced, acquisition.grid, acquisition.world, grid).image
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
@@ -189,9 +200,10 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     if case.person.head and settings.brain is not None:
         brain &= _brain(settings.brain)
     truth, brain = truth[crop], brain[crop]
-    low = restore_grid(native, acquisition.grid, acquisition.world, grid)
-    mask = eroded(brain & low.covered, settings.protocol["erosion"])
-    outside = low.covered & ~grown(brain, 5) & (truth > FOREGROUND)
+    mapping = index_map(grid, acquisition.grid, acquisition.world)
+    covered = coverage(mapping, acquisition.grid.shape, grid.shape)
+    mask = eroded(brain & covered, settings.protocol["erosion"])
+    outside = covered & ~grown(brain, 5) & (truth > FOREGROUND)
     about = {
         "person": case.person.name,
         "class": case.klass,
@@ -201,13 +213,14 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         "anisotropy": round(acquisition.anisotropy, 2),
         "profile": "box" if any(acquisition.box) else "gaussian",
         "noise": case.noise,
+        "experts": experts_digest(settings.experts_dir),
     }
     rows = []
     for method, image in _restored(case, native, acquisition, grid, settings).items():
         row = about | {
             "method": method,
             "psnr": round(psnr(image, truth, mask), 3),
-            "psnr_whole": round(psnr(image, truth, low.covered), 3),
+            "psnr_whole": round(psnr(image, truth, covered), 3),
             "psnr_matched": round(psnr(matched(image, truth, mask), truth, mask), 3),
             "ssim": round(ssim(image, truth, mask), 4),
             "correlation": round(correlation(image, truth, mask), 5),
@@ -228,10 +241,42 @@ def _job(arguments: tuple[Case, Settings]) -> list[dict]:
     return run_case(*arguments)
 
 
+def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) -> list[dict]:
+    """Of the rows of an earlier run, those of cases that are to be run and were whole.
+
+    Raises
+    ------
+    UsageError
+        If they were measured with other experts.
+    """
+    experts = experts_digest(settings.experts_dir)
+    if any(row["experts"] != experts for row in rows):
+        raise UsageError(
+            "the output holds rows of other experts; name another file, or remove this one"
+        )
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["person"], row["class"], row["kind"], row["noise"]), []).append(row)
+    most = max(map(len, found.values()), default=0)
+    wanted = {case_key(case) for case in cases}
+    return [row for key, own in found.items() if key in wanted and len(own) == most for row in own]
+
+
+def case_key(case: Case) -> tuple[str, ...]:
+    """What tells the rows of one case from others, as it stands in a TSV."""
+    return case.person.name, str(case.klass), case.kind, str(case.noise)
+
+
 def evaluate(
     cases: Sequence[Case], settings: Settings, output: Path, *, nprocs: int = 1
 ) -> list[dict]:
-    """Run all cases and write their rows to a TSV as they come; see `run_case`."""
+    """Run all cases and write their rows to a TSV as they come; see `run_case`.
+
+    Cases whose rows are there already are not run again.
+    """
+    kept = finished(read_rows(output), cases, settings) if output.is_file() else []
+    done = {(row["person"], row["class"], row["kind"], row["noise"]) for row in kept}
+    jobs = [(case, settings) for case in cases if case_key(case) not in done]
     context = multiprocessing.get_context("spawn")
     with context.Pool(nprocs) as pool:
-        return write_rows(output, pool.imap(_job, [(case, settings) for case in cases]))
+        return write_rows(output, pool.imap(_job, jobs), kept)

@@ -14,7 +14,7 @@ from torch import Tensor
 from remix_bids.errors import InputImageError, MissingResourceError
 from remix_bids.experts.registry import ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import Sampling
+from remix_bids.simulation.estimate import Estimate
 
 PERCENTILE = 99.5
 
@@ -45,17 +45,14 @@ def _percentile(values: Tensor) -> float:
     return float(values.kthvalue(k).values)
 
 
-def network_input(
-    estimate: Tensor, covered: Tensor, sampling: Sampling, noise: float, scale: float
-) -> tuple[Tensor, Tensor]:
+def network_input(low: Estimate, scale: float) -> tuple[Tensor, Tensor]:
     """What a network sees of a scan, its slices stacked along the last axis.
 
     The axis comes last so that the network need not learn one task three times.
 
     Parameters
     ----------
-    noise : float
-        Of the scan, in the units of ``estimate`` (`remix_bids.simulation.noise`).
+    low : Estimate
     scale : float
         The intensity that becomes 1.
 
@@ -66,12 +63,13 @@ def network_input(
     (4,) tensor
         In the order of `remix_bids.experts.unet.SCAN`.
     """
-    order = axes_in_order(sampling.axis)
-    x, y, z = estimate.shape
-    phases = torch.from_numpy(sampling.phases((x, y, z))[order]).to(estimate)
-    channels = torch.cat([torch.stack([estimate / scale, covered.to(estimate)]), phases * covered])
-    scan = [*sampling.sizes[order], noise / scale]
-    return slices_last(channels, sampling.axis), torch.as_tensor(scan).to(estimate)
+    order = axes_in_order(low.sampling.axis)
+    x, y, z = low.image.shape
+    covered = low.covered.to(low.image)
+    phases = torch.from_numpy(low.sampling.phases((x, y, z))[order]).to(low.image) * covered
+    channels = torch.stack([low.image / scale, covered, *phases, low.rest / scale])
+    scan = [*low.sampling.sizes[order], low.noise / scale]
+    return slices_last(channels, low.sampling.axis), torch.as_tensor(scan).to(low.image)
 
 
 def axes_in_order(axis: int) -> list[int]:
@@ -129,10 +127,7 @@ def predict(network: ResidualUNet, inputs: Tensor, scan: Tensor) -> Tensor:
 
 
 def enhance(
-    low_resolution: np.ndarray,
-    covered: np.ndarray,
-    sampling: Sampling,
-    noise: float,
+    low: Estimate,
     record: ExpertRecord,
     *,
     device: str = "cpu",
@@ -142,15 +137,8 @@ def enhance(
 
     Parameters
     ----------
-    low_resolution : (x, y, z) float array
-        The linear estimate (`remix_bids.simulation.estimate`) in scanner units, zero where nothing
-        was acquired.
-    covered : (x, y, z) bool array
-        Where the scan has data.
-    sampling : Sampling
-        Where the scan has measured.
-    noise : float
-        Of the scan, in scanner units (`remix_bids.simulation.noise`).
+    low : Estimate
+        Of the scan (`remix_bids.simulation.estimate`), float32, in scanner units.
     record : ExpertRecord
     device : str
         A torch device.
@@ -168,12 +156,11 @@ def enhance(
         If the image holds nothing to work on.
     """
     network = load_expert(record) if network is None else network
-    image = torch.from_numpy(np.ascontiguousarray(low_resolution, dtype=np.float32))
-    mask = torch.from_numpy(np.ascontiguousarray(covered, dtype=bool))
     try:
-        scale = intensity_scale(image, mask)
+        scale = intensity_scale(low.image, low.covered)
     except ValueError as error:
         raise InputImageError(str(error)) from error
-    inputs, scan = network_input(image.to(device), mask.to(device), sampling, noise, scale)
-    output = slices_last(predict(network.to(device), inputs, scan), sampling.axis).cpu() * scale
-    return (output.clamp(min=0) * mask).numpy()
+    inputs, scan = network_input(low, scale)
+    output = predict(network.to(device), inputs.to(device), scan.to(device)).cpu()
+    output = slices_last(output, low.sampling.axis) * scale
+    return (output.clamp(min=0) * low.covered).numpy()

@@ -32,7 +32,7 @@ def reference_input() -> tuple[Tensor, Tensor]:
 
     Returns
     -------
-    (5, 40, 32, 48) float32 tensor
+    (6, 40, 32, 48) float32 tensor
         Channels as in `remix_bids.experts.unet.INPUTS`.
     (4,) tensor
         As `remix_bids.experts.unet.SCAN`.
@@ -47,8 +47,11 @@ def reference_input() -> tuple[Tensor, Tensor]:
     covered = np.broadcast_to((z >= 4) & (z < 44), SHAPE)
     phase = np.broadcast_to(np.cos(2 * np.pi * z / 4), SHAPE)
     no_phase = np.zeros(SHAPE)
-    channels = np.stack([image * covered, covered, no_phase, no_phase, phase * covered])
-    return torch.from_numpy(channels.astype(np.float32)), torch.tensor([1.0, 1.0, 4.0, 0.01])
+    rest = 0.02 * (_uniform(image.size, SEED + 3).reshape(SHAPE) - 0.5)
+    channels = [image * covered, covered, no_phase, no_phase, phase * covered, rest * covered]
+    return torch.from_numpy(np.stack(channels).astype(np.float32)), torch.tensor(
+        [1.0, 1.0, 4.0, 0.01]
+    )
 
 
 def reference_output(network: ResidualUNet) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INPUTS = ("linear_estimate", "covered", "phase_1", "phase_2", "phase_3")
+INPUTS = ("linear_estimate", "covered", "phase_1", "phase_2", "phase_3", "rest")
 """Channels of the input, in this order; slices are stacked along the last axis."""
 
 SCAN = ("size_1", "size_2", "size_3", "noise")
@@ -14,9 +14,26 @@ SCAN = ("size_1", "size_2", "size_3", "noise")
 
 
 _GAIN = 3.0  # brings the detail of a brain image to about unit variance
-_RESIDUAL = 0.02  # size of what is to be added, by the mm that the largest voxel side exceeds 1 mm
+_RESIDUAL = 0.02  # size of the missing detail, by the mm that the largest voxel side exceeds 0.9 mm
 _NOISE = 0.02  # of a noisy scan
 _HIDDEN = 32
+
+
+def residual_scale(scan: Tensor) -> Tensor:
+    """About how large the difference between truth and input is: missing detail, and noise.
+
+    Parameters
+    ----------
+    scan : (n, 4) tensor
+        As in `SCAN`.
+
+    Returns
+    -------
+    (n,) tensor
+        In units of the image.
+    """
+    detail = _RESIDUAL * (scan[:, :3].clamp(1, 9).amax(dim=1) - 0.9)
+    return torch.hypot(detail, scan[:, 3])
 
 
 def space_to_depth(x: Tensor) -> Tensor:
@@ -100,7 +117,10 @@ class ResidualUNet(nn.Module):
         """(n, inputs, x, y, z) and the scan's numbers (n, 4), as in `SCAN`, to (n, 1, x, y, z)."""
         image = x[:, :1]
         mean = F.interpolate(F.avg_pool3d(image, 8), scale_factor=8.0, mode="trilinear")
-        seen = torch.cat([_GAIN * (image - mean), x[:, 1:2] - 1, x[:, 2:]], dim=1)
+        scale = residual_scale(scan)[:, None, None, None, None]
+        seen = torch.cat(
+            [_GAIN * (image - mean), x[:, 1:2] - 1, x[:, 2:5], x[:, 5:] / scale], dim=1
+        )
         # What is finer than the output is 1 mm; 1 to 8 mm become 0 to 2, as does the noise.
         sizes, noise = scan[:, :3].clamp(1, 9), (scan[:, 3:] / _NOISE).clamp(0, 3)
         told = torch.cat([sizes.log(), noise], dim=1)
@@ -116,5 +136,4 @@ class ResidualUNet(nn.Module):
             h = F.interpolate(narrow(h), scale_factor=2.0, mode="nearest")
             h = block(torch.cat([h, skip], dim=1), *next(factors))
         # Brings what the network gives to unit size: the last layer learns as fast as the others.
-        missing = _RESIDUAL * (sizes.amax(dim=1) - 0.9)
-        return image + missing[:, None, None, None, None] * depth_to_space(self.out(h))
+        return image + scale * depth_to_space(self.out(h))

@@ -17,6 +17,8 @@ from nipype.interfaces.base import (
 )
 
 if TYPE_CHECKING:  # torch is imported by workers only
+    import torch
+
     from remix_bids.experts.registry import ExpertRecord
     from remix_bids.experts.unet import ResidualUNet
 
@@ -99,6 +101,7 @@ class SelectExpert(SimpleInterface):
 class _EnhanceInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="image on the working grid, interpolated")
     estimate = File(exists=True, mandatory=True, desc="the same less the blur of its slices")
+    rest = File(exists=True, mandatory=True, desc="what it leaves unexplained of the scan")
     coverage = File(exists=True, mandatory=True)
     native = File(exists=True, mandatory=True, desc="the scan, for its grid and its noise")
     transform = File(exists=True, mandatory=True, desc="ITK affine, template to native points")
@@ -138,6 +141,7 @@ class Enhance(SimpleInterface):
             from remix_bids.experts.registry import load_registry
             from remix_bids.registration.itk import read_itk_affine
             from remix_bids.simulation.acquisition import sampling
+            from remix_bids.simulation.estimate import Estimate
             from remix_bids.simulation.noise import scan_noise
             from remix_bids.spatial import WORKING_GRID, Grid, index_map
 
@@ -145,21 +149,18 @@ class Enhance(SimpleInterface):
             torch.set_num_threads(1)
             device = self.inputs.device
             record = load_registry(Path(self.inputs.expert_file).parent)[self.inputs.expert]
-            low = np.asanyarray(nb.load(self.inputs.estimate).dataobj, dtype=np.float32)
-            covered = np.asanyarray(nb.load(self.inputs.coverage).dataobj) > 0
             scan = nb.load(self.inputs.native)
             source = Grid(scan.shape[:3], scan.affine)
             native = np.asanyarray(scan.dataobj, dtype=np.float32).reshape(source.shape)
             mapping = index_map(WORKING_GRID, source, read_itk_affine(self.inputs.transform))
-            high = enhance(
-                low,
-                covered,
+            low = Estimate(
+                _volume(self.inputs.estimate),
+                _volume(self.inputs.coverage) > 0,
                 sampling(mapping, source),
+                _volume(self.inputs.rest),
                 scan_noise(native, source),
-                record,
-                device=device,
-                network=_loaded_expert(record),
             )
+            high = enhance(low, record, device=device, network=_loaded_expert(record))
             scaling = (
                 "99.5th percentile of the foreground inside the field of view to 1 for the "
                 "network, undone afterwards"
@@ -170,6 +171,13 @@ class Enhance(SimpleInterface):
         self._results["device"] = device_name(device)
         self._results["intensity_scaling"] = scaling
         return runtime
+
+
+def _volume(path: str) -> torch.Tensor:
+    import nibabel as nb
+    import torch
+
+    return torch.from_numpy(np.array(nb.load(path).dataobj, dtype=np.float32))
 
 
 @lru_cache(maxsize=8)

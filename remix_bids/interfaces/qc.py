@@ -136,14 +136,15 @@ def _figures(found: Any) -> dict[str, float]:
     }
 
 
-class _EnforceConsistencyInputSpec(_BrainInputSpec):
+class _EnforceConsistencyInputSpec(_ScanInputSpec):
     enhanced = File(exists=True, mandatory=True)
-    iterations = traits.Int(3, usedefault=True, desc="at most")
+    coverage = File(exists=True, mandatory=True, desc="on the working grid: where the scan is")
+    steps = traits.Int(1, usedefault=True, desc="at most")
 
 
 class _EnforceConsistencyOutputSpec(TraitedSpec):
     out_file = File(exists=True)
-    steps = traits.Int(desc="taken until the residual was down to the noise")
+    steps = traits.Int(desc="taken; none where what is left is noise")
 
 
 class EnforceConsistency(SimpleInterface):
@@ -153,25 +154,25 @@ class EnforceConsistency(SimpleInterface):
     output_spec = _EnforceConsistencyOutputSpec
 
     def _run_interface(self, runtime: Any) -> Any:
-        from remix_bids.qc import consistency
+        import torch
+
+        from remix_bids.simulation.estimate import make_consistent
+        from remix_bids.simulation.noise import scan_noise
+        from remix_bids.spatial import WORKING_GRID
 
         native, acquisition = load_scan(
             self.inputs.native, self.inputs.transform, self.inputs.thickness
         )
-        covered = load(self.inputs.coverage) > 0
-        brain = consistency.to_native(load_brain(self.inputs) & covered, acquisition)
-        brain = brain if brain.any() else np.ones_like(brain)
-        noise = consistency.estimate_noise(native, brain, acquisition.grid)
-        image, steps = consistency.enforce(
-            native,
-            load(self.inputs.enhanced),
-            covered,
+        image, steps = make_consistent(
+            torch.from_numpy(load(self.inputs.enhanced)),
+            torch.from_numpy(native),
             acquisition,
-            noise,
-            iterations=self.inputs.iterations,
+            WORKING_GRID,
+            scan_noise(native, acquisition.grid),
+            self.inputs.steps,
         )
         path = Path(runtime.cwd) / "enforced.nii.gz"
-        save_on_working_grid(image, path)
+        save_on_working_grid(image.numpy() * (load(self.inputs.coverage) > 0), path)
         self._results.update(out_file=str(path), steps=steps)
         return runtime
 

@@ -30,6 +30,7 @@ class _ToWorkingGridInputSpec(BaseInterfaceInputSpec):
 class _ToWorkingGridOutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="image on the working grid, interpolated (cubic B-spline)")
     estimate = File(exists=True, desc="the same less the blur of its slices, for the network")
+    rest = File(exists=True, desc="what the estimate leaves unexplained of the scan")
     coverage = File(exists=True, desc="1 where the scanner has measured")
     brain_coverage = traits.Float(desc="part of the template's brain that was measured")
     warnings = traits.List(Str)
@@ -69,6 +70,7 @@ class ToWorkingGrid(SimpleInterface):
         outputs: dict[str, np.ndarray] = {
             "out_file": interpolated.image.numpy(),
             "estimate": estimate.image.numpy(),
+            "rest": estimate.rest.numpy(),
             "coverage": inside.astype(np.uint8),
         }
         for name, values in outputs.items():

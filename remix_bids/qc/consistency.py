@@ -41,9 +41,6 @@ NOISE_FLOOR = 0.01
 LIMIT = 4.0
 """Reduced chi-square above which a window disagrees: errors of twice the noise."""
 
-STEP = 0.5
-"""Of one back-projection: below 1, so that noise is not chased."""
-
 MARGIN = 12
 """Voxels around a region that are needed to work on it alone."""
 
@@ -258,46 +255,6 @@ def energy_share(part: np.ndarray, whole: np.ndarray, where: np.ndarray) -> floa
     values = whole[where].astype(np.float64)
     total = ((values - values.mean()) ** 2).sum() if values.size else 0.0
     return float((part[where].astype(np.float64) ** 2).sum() / total) if total > 0 else 0.0
-
-
-def enforce(
-    native: np.ndarray,
-    image: np.ndarray,
-    covered: np.ndarray,
-    acquisition: Acquisition,
-    noise: float,
-    *,
-    iterations: int = 3,
-) -> tuple[np.ndarray, int]:
-    """Make an output agree with what was measured, by a few steps of back-projection.
-
-    Parameters
-    ----------
-    native : (x, y, z) array
-    image : (181, 217, 181) array
-        Output of the network.
-    covered : bool array like ``image``
-    acquisition : Acquisition
-    noise : float
-        In the scanner's units; it stops where the residual has come down to it.
-    iterations : int
-        At most.
-
-    Returns
-    -------
-    float32 array like ``image``, and the number of steps taken
-    """
-    measured, inside = _tensor(native), _tensor(covered)
-    seen = torch.from_numpy(np.isfinite(predict(image, covered, acquisition)))
-    seen &= measured > 0
-    x = _tensor(image)
-    for step in range(iterations):
-        missing = (measured - acquire(x, acquisition)) * seen
-        if not seen.any() or float((missing[seen] ** 2).mean().sqrt()) <= noise:
-            return x.numpy(), step
-        back = restore_grid(missing, acquisition.grid, acquisition.world).image
-        x = (x + STEP * back).clamp(min=0) * inside
-    return x.numpy(), iterations
 
 
 def largest_places(

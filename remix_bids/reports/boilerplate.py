@@ -26,9 +26,9 @@ def methods_text(config: RunConfig) -> str:
     parts = [_opening(config), _registration(config), _network(config)]
     if config.enforce_consistency:
         parts.append(
-            "After the network, up to three steps of iterative back-projection [@backprojection], "
-            "stopped where the residual had come down to the noise of the scan, made the output "
-            "agree with the acquired voxels."
+            "After the network, what the output left unexplained of the scan was estimated and "
+            "added, as in iterative back-projection [@backprojection], as far as it stood out of "
+            "the noise."
         )
     parts += [_spaces(config), _quality(config)]
     if config.sloppy:

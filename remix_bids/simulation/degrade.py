@@ -34,15 +34,11 @@ class LowResolution:
     covered : (x, y, z) bool tensor
     sampling : Sampling
         Where the scan has measured.
-    noise : float
-        Of the scan, as far as it can be told from the scan (`remix_bids.simulation.noise`); 0 where
-        nobody looked.
     """
 
     image: Tensor
     covered: Tensor
     sampling: Sampling
-    noise: float = 0.0
 
 
 def profile(offsets: np.ndarray, width: float, box: bool) -> np.ndarray:

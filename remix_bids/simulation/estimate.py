@@ -9,7 +9,7 @@ back-projection (docs/experiments.md).
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
@@ -109,9 +109,27 @@ def estimate_image(native: Tensor, acquisition: Acquisition, grid: Grid = WORKIN
     return resample(table, to_nodes @ mapping, grid.shape, "linear")
 
 
+@dataclass(frozen=True)
+class Estimate(LowResolution):
+    """The linear estimate of an image, and what it leaves open: all that a network is fed.
+
+    Attributes
+    ----------
+    rest : (x, y, z) tensor
+        Estimated from what the first estimate does not explain of the scan: noise, and detail where
+        the true profile is not the nominal one. Part of it is in ``image`` already (`trust`); zero
+        where nothing was acquired.
+    noise : float
+        Of the scan, as far as it can be told from the scan (`remix_bids.simulation.noise`).
+    """
+
+    rest: Tensor
+    noise: float
+
+
 def linear_estimate(
     native: Tensor, acquisition: Acquisition, grid: Grid = WORKING_GRID
-) -> LowResolution:
+) -> Estimate:
     """Bring a native image to a grid in template world, less the blur of its slices.
 
     What the first estimate does not explain of the scan is estimated again and added, as far as it
@@ -121,9 +139,13 @@ def linear_estimate(
     image = estimate_image(native, acquisition, grid)
     if native.min() >= 0:
         image = image.clamp(min=0)  # it overshoots at edges, a magnitude does not
-    image = make_consistent(image, native, acquisition, grid, noise)
+    missing = unexplained(image, native, acquisition, grid)
+    rest = estimate_image(missing, acquisition, grid)
+    image = image + trust(missing, native, noise) * rest
+    if native.min() >= 0:
+        image = image.clamp(min=0)
     low = seen_from(image, acquisition.grid, acquisition.world, grid)
-    return replace(low, noise=noise)
+    return Estimate(low.image, low.covered, low.sampling, rest * low.covered, noise)
 
 
 def make_consistent(
@@ -133,7 +155,7 @@ def make_consistent(
     grid: Grid,
     noise: float = 0.0,
     steps: int = 1,
-) -> Tensor:
+) -> tuple[Tensor, int]:
     """Add what an image lacks to explain the scan.
 
     x <- x + trust E(y - A x), A the acquisition, E `estimate_image`.
@@ -146,16 +168,22 @@ def make_consistent(
         The scan, on ``acquisition.grid``.
     noise : float
         Of the scan; see `trust`.
+    steps : int
+        At most; it ends where what is left is noise.
+
+    Returns
+    -------
+    tensor like ``image``, and the number of steps taken
     """
-    for _ in range(steps):
+    for step in range(steps):
         missing = unexplained(image, native, acquisition, grid)
         weight = trust(missing, native, noise)
         if weight == 0:
-            break
+            return image, step
         image = image + weight * estimate_image(missing, acquisition, grid)
         if native.min() >= 0:
             image = image.clamp(min=0)
-    return image
+    return image, steps
 
 
 def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid) -> Tensor:

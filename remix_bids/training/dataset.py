@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from remix_bids.experts.inference import intensity_scale, network_input, slices_last
@@ -48,6 +51,11 @@ class Person:
     def coarse(self) -> bool:
         return max(self.voxel_sizes) > COARSE_MM
 
+    @property
+    def study(self) -> str:
+        """Where the image comes from: the name (as in ``ds002748x01``) less the person's number."""
+        return re.sub(r"x?\d+$", "", self.name)
+
 
 def load_persons(folder: Path, split: str, device: str = "cpu") -> list[Person]:
     """Read the persons of one split ('train', 'validation' or 'held_out') of a prepared folder."""
@@ -77,7 +85,9 @@ class Augmentation:
     gamma: tuple[float, float] = (0.7, 1.4)
     bias: float = 0.5
     bias_range: float = 0.4
-    noise: float = 0.7
+    sharpness: float = 0.3
+    sharpness_range: tuple[float, float] = (-0.3, 0.5)  # of what a blur of 1 voxel takes away
+    noise: float = 0.5
     noise_range: float = 0.03  # standard deviation, in units of bright tissue
     lesions: float = 0.2
     truncate: float = 0.2
@@ -85,7 +95,7 @@ class Augmentation:
     strip: float = 0.2
 
 
-OFF = Augmentation(flip=0, contrast=0, bias=0, noise=0, lesions=0, truncate=0, strip=0)
+OFF = Augmentation(flip=0, contrast=0, bias=0, sharpness=0, noise=0, lesions=0, truncate=0, strip=0)
 
 
 def _coordinates(shape: Sequence[int], like: Tensor) -> list[Tensor]:
@@ -130,6 +140,23 @@ def add_lesions(rng: np.random.Generator, image: Tensor) -> Tensor:
     return image
 
 
+def sharpened(image: Tensor, amount: float, sigma: float = 1.0) -> Tensor:
+    """An image with its finest detail stronger (``amount`` above 0) or weaker.
+
+    Scanners differ in how sharp their millimetre is, and most training images come from one.
+    """
+    offsets = torch.arange(-3, 4, dtype=image.dtype, device=image.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    blurred = image[None, None]
+    for axis in range(3):
+        size = [7 if a == axis else 1 for a in range(3)]
+        pad = [3 if a == axis else 0 for a in range(3)]
+        blurred = F.conv3d(blurred, kernel.view(1, 1, *size), padding=pad)
+    # Air stays air, and edges do not turn negative.
+    return (image + amount * (image - blurred[0, 0])).clamp(min=0) * (image > 0)
+
+
 def vary(
     rng: np.random.Generator, person: Person, augment: Augmentation, strip_mask: Tensor
 ) -> Tensor:
@@ -139,6 +166,8 @@ def vary(
         image = image.flip(0)  # the working grid is symmetric about x = 0
     if person.head and rng.random() < augment.strip:
         image = image * strip_mask
+    if rng.random() < augment.sharpness:
+        image = sharpened(image, rng.uniform(*augment.sharpness_range))
     if rng.random() < augment.lesions:
         image = add_lesions(rng, image)
     if rng.random() < augment.contrast:
@@ -202,7 +231,7 @@ def simulate_pair(
         native, source = truncated(rng, native, acquisition, augment.truncate_range)
     low = linear_estimate(native, as_told(rng, acquisition, source), grid)
     scale = intensity_scale(low.image, low.covered)
-    inputs, scan = network_input(low.image, low.covered, low.sampling, low.noise, scale)
+    inputs, scan = network_input(low, scale)
     target = slices_last(image[crop] / scale, low.sampling.axis)
     return Pair(inputs, scan, target, COARSE_DETAIL if person.coarse else 1.0)
 
@@ -263,7 +292,7 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
         seen, scan = cut[:-1], pair.scan
         target = cut[-1]
         if rng.random() < 0.5:
-            seen = seen[[0, 1, 3, 2, 4]].transpose(1, 2)
+            seen = seen[[0, 1, 3, 2, 4, 5]].transpose(1, 2)
             target, scan = target.transpose(0, 1), scan[[1, 0, 2, 3]]
         inputs.append(seen)
         targets.append(target)
@@ -276,6 +305,16 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
     }
 
 
+def study_shares(persons: Sequence[Person]) -> np.ndarray:
+    """How often each person is drawn: a study of n together sqrt(n) times as often as one of one.
+
+    Most brains come from one scanner; what is learned should not be that scanner.
+    """
+    count = Counter(p.study for p in persons)
+    share = np.array([count[p.study] ** -0.5 for p in persons])
+    return share / share.sum()
+
+
 @dataclass(frozen=True)
 class Simulator:
     """Draws simulated volumes by number: volume ``i`` is the same whenever it is asked for.
@@ -284,6 +323,8 @@ class Simulator:
     ----------
     class_weights : tuple of 7 float
         How often each class is drawn.
+    profile : bool
+        False to sample slices at points: what the slice profile is worth.
     """
 
     persons: Sequence[Person]
@@ -296,6 +337,7 @@ class Simulator:
     patches_per_volume: int = 16
     head_share: float = 0.5
     augment: Augmentation = field(default_factory=Augmentation)
+    profile: bool = True
 
     def pair(self, index: int) -> tuple[Pair, np.random.Generator]:
         """Simulate volume ``index``."""
@@ -306,9 +348,11 @@ class Simulator:
         heads = [p for p in usable if p.head]
         brains = [p for p in usable if not p.head]
         pool = heads if heads and (not brains or rng.random() < self.head_share) else brains
-        person = pool[rng.integers(len(pool))]
+        person = pool[rng.choice(len(pool), p=study_shares(pool))]
         worlds = [p.world for p in self.persons]
         acquisition = draw(rng, self.bank, worlds, k)
+        if not self.profile:
+            acquisition = acquisition.without_profile()
         pair = simulate_pair(rng, person, acquisition, self.augment, self.strip_mask, self.cube)
         return pair, rng
 
@@ -321,5 +365,5 @@ class Simulator:
         return draw_patches(rng, pair, self.patches_per_volume, self.patch)
 
     def for_validation(self, seed: int) -> Simulator:
-        """The same task on fixed volumes, without augmentation."""
-        return replace(self, seed=seed, augment=OFF)
+        """The same task on fixed volumes, without augmentation; half of them are noisy."""
+        return replace(self, seed=seed, augment=replace(OFF, noise=0.5))

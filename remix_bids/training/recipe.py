@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import reference_output
@@ -38,6 +40,15 @@ def class_weights(stage: str, settings: dict[str, Any], own_share: float) -> tup
     near = [n for n in (k - 1, k + 1) if 1 <= n <= 7]
     weights = dict.fromkeys(near, (1 - own_share) / len(near)) | {k: own_share}
     return tuple(weights.get(c, 0.0) for c in range(1, 8))
+
+
+def begin_with(network: ResidualUNet, weights: dict[str, Tensor]) -> None:
+    """Load weights; inputs that they do not know yet (the last channels) begin at zero."""
+    weights = {k: v.float() for k, v in weights.items()}
+    first = "down.0.first.weight"
+    lacking = network.state_dict()[first].shape[1] - weights[first].shape[1]
+    weights[first] = F.pad(weights[first], (0, 0, 0, 0, 0, 0, 0, lacking))
+    network.load_state_dict(weights)
 
 
 def run_recipe(
@@ -94,8 +105,7 @@ def run_recipe(
         loss = None
         if "start" in settings:
             start = output / settings["start"]
-            weights_file = str(start / "best.safetensors")
-            network.load_state_dict({k: v.float() for k, v in load_file(weights_file).items()})
+            begin_with(network, load_file(str(start / "best.safetensors")))
             if not settings.get("calibrate", False):
                 loss = RemixLoss(tuple(read_progress(start / CHECKPOINT)["factors"]))
         own = {k: v for k, v in settings.items() if k not in ("start", "classes", "calibrate")}

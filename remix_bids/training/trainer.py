@@ -22,13 +22,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet
+from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet, residual_scale
 from remix_bids.training import team
 from remix_bids.training.dataset import Simulator
 from remix_bids.training.losses import PARTS, RemixLoss
 
 LOGGER = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
+TYPICAL = 0.06
+"""`residual_scale` of slices of 4 mm: a patch of such a scan has weight 1 in the loss."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Schedule:
     rim: int = 4  # voxels of a patch's border that the loss ignores
     volumes_per_round: int = 12  # simulated volumes whose patches are shuffled together
     validate_every: int = 250
-    validation_volumes: int = 7
+    validation_volumes: int = 12
     workers: int = 1  # processes that simulate while the network learns
 
     def rate_at(self, step: int) -> float:
@@ -193,7 +195,11 @@ class State:
 def forward_parts(
     network: ResidualUNet | None, batch: dict[str, Tensor], loss: RemixLoss, rim: int
 ) -> Tensor:
-    """Loss parts (4, n) of a batch; of the identity without a network. The loss is float32."""
+    """Loss parts (4, n) of a batch; of the identity without a network. The loss is float32.
+
+    Each patch counts relative to what its scan lacks, as a gain in decibels does; else thick slices
+    drown the rest.
+    """
     inputs = batch["inputs"].float()
     if network is None:
         output = inputs[:, 0]
@@ -203,7 +209,8 @@ def forward_parts(
         output = output.float()
     inner = (slice(None), *(slice(rim, n - rim) for n in output.shape[1:]))
     target, covered = batch["targets"].float(), inputs[:, 1]
-    return loss.parts(output[inner], target[inner], covered[inner], batch["detail"])
+    parts = loss.parts(output[inner], target[inner], covered[inner], batch["detail"])
+    return parts * (TYPICAL / residual_scale(batch["scan"]))
 
 
 def train(

@@ -159,7 +159,7 @@ def init_anat_remix_wf(
     affine = [("forward_transform", "transform")]
     if enforce_consistency:
         output = Node(
-            EnforceConsistency(**place, **thick),
+            EnforceConsistency(**thick),
             name="enforce_consistency",
             mem_gb=heavy_gb or QC_GB,
         )
@@ -185,6 +185,7 @@ def init_anat_remix_wf(
                 [
                     ("out_file", "in_file"),
                     ("estimate", "estimate"),
+                    ("rest", "rest"),
                     ("coverage", "coverage"),
                 ],
             ),
@@ -394,6 +395,7 @@ def init_leave_out_wf(
                 [
                     ("out_file", "in_file"),
                     ("estimate", "estimate"),
+                    ("rest", "rest"),
                     ("coverage", "coverage"),
                 ],
             ),
