@@ -228,7 +228,9 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         }
         if case.person.head:
             row["head_detail"] = round(detail_ratio(image, truth, outside), 4)
-        if settings.segmenter and case.first and not settings.tune and not case.person.head:
+        wanted = method in (*settings.protocol["segmented"], *settings.commands)
+        brain_only = not case.person.head and not settings.tune
+        if settings.segmenter and case.first and wanted and brain_only:
             classes = _true_classes(case.person, truth, grid, settings)
             row |= classes.compare(image, mask.numpy())
         elif settings.segmenter:
