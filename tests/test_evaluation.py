@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from remix_bids.errors import UsageError
+from remix_bids.evaluation import claims
 from remix_bids.evaluation.cases import cases
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
@@ -22,7 +23,7 @@ from remix_bids.evaluation.metrics import (
 from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.restore import experts_digest, read_rows, write_rows
 from remix_bids.evaluation.run import METHODS, Settings, evaluate, finished
-from remix_bids.evaluation.table import best_iterations, bootstrap_interval, to_markdown
+from remix_bids.evaluation.table import SHIPS, best_iterations, bootstrap_interval, to_markdown
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
 from remix_bids.simulation.degrade import acquire
 from remix_bids.spatial import Grid
@@ -221,3 +222,49 @@ def test_rows_of_other_experts_are_not_mixed_in():
     todo = cases(people(1), protocol(), [3], [0.0])
     with pytest.raises(UsageError, match="other experts"):
         finished(measured(todo, "0123abcd"), todo, Settings(protocol()))
+
+
+def held(found, part):
+    """What was found and whether it holds, of the only claim whose text holds a part."""
+    (claim,) = [c for c in found if part in c.text]
+    return claim.found, claim.holds
+
+
+def test_claims_hold_where_they_hold():
+    """Methods lie 1 dB apart, all else is equal for all."""
+    order = METHODS.index(SHIPS)
+    above = {m: float(order - METHODS.index(m)) for m in METHODS}
+    found = claims.claims(rows())
+    assert [c.holds for c in found if "interval above 0" in c.text] == [True, False, False]
+    assert held(found, "box profile") == (f"{above['cubic']:+.2f} dB", True)
+    assert held(found, "above back-projection") == ("1 of 1", True)
+    assert held(found, "in their mean by 0.7 dB") == (f"{above['back-projection']:+.2f} dB", True)
+    assert held(found, "general network in PSNR") == ("1 of 1, 0 ties", True)
+    assert not held(found, "gaussian profile")[1]  # there is none
+    noisy = claims.claims([row | {"noise": 0.02} for row in rows()])
+    assert held(noisy, "in their mean by 1.0 dB")[1]
+    # One person worse is enough.
+    other = rows()
+    other[METHODS.index(SHIPS)]["psnr"] = 0.0
+    assert held(claims.claims(other), "linear and cubic in psnr") == ("0 of 1, not 4", False)
+
+
+def test_claims_of_dice_and_of_heads():
+    dice = {"linear": 0.8, "general": 0.86, SHIPS: 0.86}
+    found = [
+        row | {"dice": dice.get(row["method"], ""), "dice_floor": 0.9, "dice_manual": 0.7,
+               "head_detail": 1.0 if row["method"] == SHIPS else 0.5}
+        for row in rows()
+    ]  # fmt: skip
+    told = claims.claims(found)
+    assert held(told, "network in Dice") == ("0 of 1", False)
+    assert held(told, "class 4: Dice gap") == ("60%", True)
+    assert held(told, "manual classes") == ("1 of 1", True)
+    assert held(told, "outside the brain") == ("1.00, cubic 0.50", True)
+    for row in found:
+        row["head_detail"] = 1.1 if row["method"] == SHIPS else 0.5
+        row["dice_manual"] = 0.6 if row["method"] == SHIPS else 0.7
+    told = claims.claims(found)
+    assert held(told, "manual classes") == ("0 of 1, not 4", False)
+    assert not held(told, "outside the brain")[1]
+    assert "| no |" in claims.to_markdown(found)

@@ -130,13 +130,13 @@ def verify(args: argparse.Namespace) -> None:
 
 def write_tables(rows: list[dict], path: Path) -> None:
     """Write tables (.md) and plot (.svg) of an evaluation beside ``path``; print the tables."""
+    from remix_bids.evaluation import claims, table
     from remix_bids.evaluation.plot import plot
-    from remix_bids.evaluation.table import to_markdown
 
-    table = to_markdown(rows)
-    path.with_suffix(".md").write_text(table + "\n")
+    tables = claims.to_markdown(rows) + "\n" + table.to_markdown(rows)
+    path.with_suffix(".md").write_text(tables + "\n")
     plot(rows, path.with_suffix(".svg"))
-    print(table)
+    print(tables)
 
 
 def table(args: argparse.Namespace) -> None:

@@ -88,7 +88,8 @@ def to_markdown(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     rule = "|" + " --- |" * len(head)
     return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(line)} |" for line in body)]
 
@@ -122,7 +123,7 @@ def _means(rows: Sequence[dict], metric: str) -> list[str]:
             [*map(str, classes_of(rows)), "mean"], [*values, values.mean(axis=0)], strict=True
         )
     ]
-    return _table(["class", *methods_of(rows)], body)
+    return markdown_table(["class", *methods_of(rows)], body)
 
 
 def paired_gain(rows: Sequence[dict], metric: str, base: str, **where: object) -> list[float]:
@@ -148,7 +149,7 @@ def _gains(rows: Sequence[dict], metric: str) -> list[str]:
         [str(k), *(_cell(paired_gain(rows, metric, m, **{"class": k}), digits) for m in others)]
         for k in classes_of(rows)
     ]
-    return _table(["class", *others], body)
+    return markdown_table(["class", *others], body)
 
 
 def _by_kind(rows: Sequence[dict]) -> list[str]:
@@ -169,4 +170,4 @@ def _by_kind(rows: Sequence[dict]) -> list[str]:
         [name, *(_cell(paired_gain(group, "psnr", m), 2) for m in bases)]
         for name, group in groups.items()
     ]
-    return _table(["acquisitions", *bases], body)
+    return markdown_table(["acquisitions", *bases], body)

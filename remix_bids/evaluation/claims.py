@@ -1,0 +1,144 @@
+"""What was to be shown, held against the rows of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from remix_bids.evaluation.table import (
+    SHIPS,
+    bootstrap_interval,
+    by_person,
+    classes_of,
+    markdown_table,
+    paired_gain,
+)
+from remix_bids.experts.registry import GENERAL
+
+TIE = 0.05  # dB; smaller differences are ties
+ABOVE_BACK_PROJECTION = {False: 0.7, True: 1.0}  # dB in the mean, without and with noise
+ABOVE_CUBIC = {"gaussian": 2.0, "box": 1.3}  # dB in the mean, by slice profile
+GAP_CLOSED = {3: 0.25, 4: 0.25, 5: 0.5, 6: 0.5, 7: 0.5}  # of Dice, from linear to the floor
+MOST_DETAIL = 1.05  # of the truth's
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of the protocol, what was found, and whether it holds."""
+
+    text: str
+    found: str
+    holds: bool
+
+
+def _where(holds: Callable[[int], bool], classes: Sequence[int]) -> tuple[str, bool]:
+    """In which classes something holds, in words; and whether in all."""
+    good = [k for k in classes if holds(k)]
+    missing = ", ".join(str(k) for k in classes if k not in good)
+    return f"{len(good)} of {len(classes)}" + (f", not {missing}" if missing else ""), not missing
+
+
+def _better(rows: Sequence[dict], metric: str, bases: Sequence[str], k: int) -> bool:
+    """All persons better than every base, and the interval of the mean above 0."""
+    gains = [paired_gain(rows, metric, base, **{"class": k}) for base in bases]
+    return all(min(gain) > 0 and bootstrap_interval(gain)[0] > 0 for gain in gains)
+
+
+def _mean(gain: Sequence[float]) -> float:
+    return float(np.mean(gain)) if gain else float("nan")
+
+
+def _of_fidelity(rows: Sequence[dict], noisy: bool) -> Iterator[Claim]:
+    classes = [k for k in classes_of(rows) if k > 1]
+    for metric in ("psnr", "ssim", "correlation"):
+        found = _where(partial(_better, rows, metric, ("linear", "cubic")), classes)
+        text = f"better than linear and cubic in {metric}, every person, interval above 0"
+        yield Claim(f"classes 2 to 7: {text}", *found)
+    if 1 in classes_of(rows):
+        gain = _mean(paired_gain(rows, "psnr", "cubic", **{"class": 1}))
+        yield Claim("class 1: PSNR not below cubic by 0.05 dB", f"{gain:+.2f} dB", gain > -TIE)
+    rest = [row for row in rows if int(row["class"]) > 1]
+    for profile, least in ABOVE_CUBIC.items():
+        gain = _mean(paired_gain(rest, "psnr", "cubic", profile=profile))
+        text = f"classes 2 to 7, {profile} profile: PSNR above cubic by {least} dB"
+        yield Claim(text, f"{gain:+.2f} dB", gain >= least)
+    gains = {
+        k: _mean(paired_gain(rows, "psnr", "back-projection", **{"class": k})) for k in classes
+    }
+    yield Claim(
+        "classes 2 to 7: PSNR above back-projection", *_where(lambda k: gains[k] > 0, classes)
+    )
+    least, mean = ABOVE_BACK_PROJECTION[noisy], _mean(list(gains.values()))
+    yield Claim(f"in their mean by {least} dB", f"{mean:+.2f} dB", mean >= least)
+
+
+def _of_experts(rows: Sequence[dict]) -> Iterator[Claim]:
+    """Seven against one."""
+    classes = classes_of(rows)
+    gains = {k: _mean(paired_gain(rows, "psnr", GENERAL, **{"class": k})) for k in classes}
+    better = [k for k in classes if gains[k] > TIE]
+    ties = [k for k in classes if abs(gains[k]) <= TIE]
+    found = f"{len(better)} of {len(classes)}, {len(ties)} ties"
+    text = "better than the general network in PSNR in 6 of 7 classes"
+    yield Claim(text, found, len(better) >= max(1, len(classes) - 1))
+
+
+def _of_dice(rows: Sequence[dict]) -> Iterator[Claim]:
+    """``rows``: those that were segmented."""
+    classes = classes_of(rows)
+
+    def dice(method: str, k: int, metric: str = "dice") -> float:
+        return _mean(list(by_person(rows, metric, method=method, **{"class": k}).values()))
+
+    better = [k for k in classes if dice(SHIPS, k) > dice(GENERAL, k)]
+    text = "better than the general network in Dice in 6 of 7 classes"
+    yield Claim(text, f"{len(better)} of {len(classes)}", len(better) >= max(1, len(classes) - 1))
+    for k, least in GAP_CLOSED.items():
+        if k in classes:
+            low, floor = dice("linear", k), dice("linear", k, "dice_floor")
+            closed = (dice(SHIPS, k) - low) / (floor - low)
+            text = f"class {k}: Dice gap from linear to the segmenter's floor closed by {least:.0%}"
+            yield Claim(text, f"{closed:.0%}", closed >= least)
+    if all(row["dice_manual"] not in (None, "") for row in rows):
+
+        def not_below(k: int) -> bool:
+            return dice(SHIPS, k, "dice_manual") >= dice("linear", k, "dice_manual")
+
+        yield Claim("Dice with the manual classes not below linear", *_where(not_below, classes))
+
+
+def _of_heads(rows: Sequence[dict]) -> Iterator[Claim]:
+    """``rows``: those of heads."""
+    detail = {
+        method: _mean(list(by_person(rows, "head_detail", method=method).values()))
+        for method in (SHIPS, "cubic")
+    }
+    found = f"{detail[SHIPS]:.2f}, cubic {detail['cubic']:.2f}"
+    text = f"head outside the brain: detail at least cubic's, at most {MOST_DETAIL} of the truth's"
+    yield Claim(text, found, detail["cubic"] <= detail[SHIPS] <= MOST_DETAIL)
+
+
+def claims(rows: Sequence[dict]) -> list[Claim]:
+    """Every claim that rows of one noise level can decide."""
+    noisy = float(rows[0]["noise"]) > 0
+    found = [*_of_fidelity(rows, noisy), *_of_experts(rows)]
+    segmented = [row for row in rows if row.get("dice") not in (None, "")]
+    heads = [row for row in rows if row.get("head_detail") not in (None, "")]
+    found += [*_of_dice(segmented)] if segmented else []
+    found += [*_of_heads(heads)] if heads else []
+    return found
+
+
+def to_markdown(rows: Sequence[dict]) -> str:
+    """A table of the claims for each noise level."""
+    lines: list[str] = []
+    for noise in sorted({float(row["noise"]) for row in rows}):
+        title = "without noise" if noise == 0 else f"with {noise:.0%} Rician noise"
+        mine = [row for row in rows if float(row["noise"]) == noise]
+        body = [[c.text, c.found, "yes" if c.holds else "no"] for c in claims(mine)]
+        head = [f"`{SHIPS}`, {title}", "found", "holds"]
+        lines += [*markdown_table(head, body), ""]
+    return "\n".join(lines)
