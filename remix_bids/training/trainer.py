@@ -46,7 +46,7 @@ class Schedule:
     clip: float = 1.0  # norm of the gradient
     ema: float = 0.995
     rim: int = 4  # voxels of a patch's border that the loss ignores
-    volumes_per_round: int = 12  # simulated volumes whose patches are shuffled together
+    volumes_per_round: int = 24  # simulated volumes whose patches are shuffled together
     validate_every: int = 250
     validation_volumes: int = 12
     workers: int = 1  # processes that simulate while the network learns
