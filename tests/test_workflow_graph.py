@@ -103,7 +103,7 @@ def test_native_space(tmp_path):
 
 
 def test_consistency_is_checked_before_it_is_enforced(tmp_path):
-    workflow, _, _ = build(tmp_path, SKELETONS["plain"], enforce_consistency=True)
+    workflow, _, _ = build(tmp_path, SKELETONS["plain"])
     scan_wf = workflow.get_node("sub_01_wf.sub_01_T1w_wf")
     edges = {
         (a.name, b.name, target)
@@ -111,12 +111,21 @@ def test_consistency_is_checked_before_it_is_enforced(tmp_path):
         for _, target in data["connect"]
     }
     assert ("enhance", "consistency", "enhanced") in edges
-    assert ("enforce_consistency", "consistency", "enforced") in edges
+    assert ("enforce", "consistency", "enforced") in edges
     # What is written and shown is the enforced image, and nothing else.
-    assert ("enforce_consistency", "derivatives_wf", "inputnode.image") in edges
-    assert ("enforce_consistency", "figures_wf", "inputnode.enhanced") in edges
-    assert ("enforce_consistency", "quality", "after") in edges
+    assert ("enforce", "derivatives_wf", "inputnode.image") in edges
+    assert ("enforce", "figures_wf", "inputnode.enhanced") in edges
+    assert ("enforce", "quality", "after") in edges
     assert not {edge for edge in edges if edge[:2] == ("enhance", "derivatives_wf")}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_step_of_consistency_may_be_asked_for(tmp_path, asked):
+    workflow, _, _ = build(
+        tmp_path, SKELETONS["plain"], enforce_consistency=asked, leave_slices_out=True
+    )
+    for name in ("sub_01_wf.sub_01_T1w_wf", "sub_01_wf.sub_01_T1w_wf.leave_out_wf"):
+        assert workflow.get_node(f"{name}.select_expert").inputs.least_steps == asked
 
 
 def test_leaving_slices_out_is_a_way_of_its_own(tmp_path):

@@ -107,7 +107,8 @@ def export(args: argparse.Namespace) -> None:
     """Collect trained stages into a folder of experts with its table."""
     from remix_bids.training.recipe import export_experts
 
-    print(export_experts(args.trained, args.output))
+    steps = tomllib.loads(_recipe(args.recipe).read_text())["consistency"]["steps"]
+    print(export_experts(args.trained, args.output, steps))
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -313,6 +314,7 @@ def get_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("export", help=export.__doc__)
     p.add_argument("trained", type=Path, help="folder that `train` wrote")
     p.add_argument("output", type=Path)
+    p.add_argument("--recipe", type=Path, help="default: the shipped one")
     p.set_defaults(run=export)
 
     p = commands.add_parser("verify", help=verify.__doc__)

@@ -177,8 +177,9 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--enforce-consistency",
         action="store_true",
-        help="after the network, make the output agree with the acquired voxels by a step of "
-        "back-projection, as far as they stand out of the noise",
+        help="make the output of every expert agree with the acquired voxels by a step of "
+        "back-projection, as far as they stand out of the noise (default: only where validation "
+        "gained by it)",
     )
     how.add_argument(
         "--leave-slices-out",

@@ -107,12 +107,14 @@ def _restored(
     iterations = how[f"iterations{noisy}"][case.klass - 1]
     iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, how["step"])
     found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
-    # Back-projection is given the true profile, the experts only what header and sidecar tell.
-    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
-    steps = protocol["consistency"][f"steps{noisy}"]
-    sigma = scan_noise(native.numpy(), acquisition.grid)
-    enforced, _ = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
-    found[CONSISTENT] = seen_from(enforced, acquisition.grid, acquisition.world, grid).image
+    found[CONSISTENT] = found[EXPERT]
+    steps = registry[str(case.klass)].consistency_steps
+    if steps:
+        # Back-projection is given the true profile, the experts only what header and sidecar tell.
+        told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+        sigma = scan_noise(native.numpy(), acquisition.grid)
+        image, _ = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
+        found[CONSISTENT] = seen_from(image, acquisition.grid, acquisition.world, grid).image
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
@@ -215,28 +217,47 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         "noise": case.noise,
         "experts": experts_digest(settings.experts_dir),
     }
-    rows = []
-    for method, image in _restored(case, native, acquisition, grid, settings).items():
-        row = about | {
-            "method": method,
-            "psnr": round(psnr(image, truth, mask), 3),
-            "psnr_whole": round(psnr(image, truth, covered), 3),
-            "psnr_matched": round(psnr(matched(image, truth, mask), truth, mask), 3),
-            "ssim": round(ssim(image, truth, mask), 4),
-            "correlation": round(correlation(image, truth, mask), 5),
-            "head_detail": "",
-        }
-        if case.person.head:
-            row["head_detail"] = round(detail_ratio(image, truth, outside), 4)
-        wanted = method in (*settings.protocol["segmented"], *settings.commands)
-        brain_only = not case.person.head and not settings.tune
-        if settings.segmenter and case.first and wanted and brain_only:
-            classes = _true_classes(case.person, truth, grid, settings)
-            row |= classes.compare(image, mask.numpy())
-        elif settings.segmenter:
-            row |= {"dice": "", "dice_floor": "", "dice_manual": ""}
-        rows.append(row)
+    rows: list[dict] = []
+    measured: dict[int, dict] = {}  # of the expert and of its steps, where there are none
+    images = _restored(case, native, acquisition, grid, settings)
+    for method, image in images.items():
+        if id(image) not in measured:
+            wanted = method in (*settings.protocol["segmented"], *settings.commands)
+            segment = bool(settings.segmenter) and wanted and case.first and not settings.tune
+            measured[id(image)] = _measure(
+                case.person, image, truth, (mask, covered, outside), grid, settings, segment
+            )
+        rows.append(about | {"method": method} | measured[id(image)])
     return rows
+
+
+def _measure(
+    person: Person,
+    image: Tensor,
+    truth: Tensor,
+    masks: tuple[Tensor, Tensor, Tensor],
+    grid: Grid,
+    settings: Settings,
+    segment: bool,
+) -> dict[str, float | str]:
+    """All metrics of one image; ``masks``: brain, what was covered, head outside the brain."""
+    brain, covered, outside = masks
+    found: dict[str, float | str] = {
+        "psnr": round(psnr(image, truth, brain), 3),
+        "psnr_whole": round(psnr(image, truth, covered), 3),
+        "psnr_matched": round(psnr(matched(image, truth, brain), truth, brain), 3),
+        "ssim": round(ssim(image, truth, brain), 4),
+        "correlation": round(correlation(image, truth, brain), 5),
+        "head_detail": "",
+        "dice": "",
+        "dice_floor": "",
+        "dice_manual": "",
+    }
+    if person.head:
+        found["head_detail"] = round(detail_ratio(image, truth, outside), 4)
+    elif segment:
+        found |= _true_classes(person, truth, grid, settings).compare(image, brain.numpy())
+    return found
 
 
 def _job(arguments: tuple[Case, Settings]) -> list[dict]:

@@ -21,7 +21,9 @@ WHERE_KNOWN = {
     "dice_manual": "Dice of tissue classes with the manual ones",
     "head_detail": "Gradient energy at 0.2 to 0.4 cycles/mm outside the brain, of the truth's",
 }
-SHIPS = "expert"  # named before the experts were trained: the network alone
+SHIPS = "expert + steps"
+"""What ships, named before the external test was read: the network, and the steps of consistency
+that validation gave its expert (``consistency_steps`` in ``experts.toml``; none for most)."""
 ANISOTROPY = ((1.0, 2.0), (2.0, 4.0), (4.0, 20.0))
 
 
@@ -77,13 +79,13 @@ def to_markdown(rows: Sequence[dict]) -> str:
             ]
         for metric in ("psnr", "ssim", "correlation"):
             lines += [
-                f"**Gain of the expert in {metric}, {title}** (mean over persons, 95 % bootstrap "
+                f"**Gain of `{SHIPS}` in {metric}, {title}** (mean over persons, 95 % bootstrap "
                 "interval, persons better)",
                 "",
                 *_gains(mine, metric),
                 "",
             ]
-        lines += [f"**Gain of the expert in psnr by kind of acquisition, {title}**", ""]
+        lines += [f"**Gain of `{SHIPS}` in psnr by kind of acquisition, {title}**", ""]
         lines += [*_by_kind(mine), ""]
     return "\n".join(lines)
 
@@ -126,9 +128,12 @@ def _means(rows: Sequence[dict], metric: str) -> list[str]:
     return markdown_table(["class", *methods_of(rows)], body)
 
 
-def paired_gain(rows: Sequence[dict], metric: str, base: str, **where: object) -> list[float]:
-    """Gain of what ships over another method, one value a person."""
-    expert = by_person(rows, metric, method=SHIPS, **where)
+def paired_gain(
+    rows: Sequence[dict], metric: str, base: str, klass: int | None = None, method: str = SHIPS
+) -> list[float]:
+    """Gain of a method, by default what ships, over another, one value a person."""
+    where: dict[str, object] = {} if klass is None else {"class": klass}
+    expert = by_person(rows, metric, method=method, **where)
     other = by_person(rows, metric, method=base, **where)
     return [expert[person] - other[person] for person in expert]
 
@@ -146,7 +151,7 @@ def _gains(rows: Sequence[dict], metric: str) -> list[str]:
     others = [m for m in methods_of(rows) if m != SHIPS]
     digits = 2 if metric == "psnr" else 4
     body = [
-        [str(k), *(_cell(paired_gain(rows, metric, m, **{"class": k}), digits) for m in others)]
+        [str(k), *(_cell(paired_gain(rows, metric, m, k), digits) for m in others)]
         for k in classes_of(rows)
     ]
     return markdown_table(["class", *others], body)

@@ -65,6 +65,8 @@ class ExpertRecord:
         Smallest and largest ratio of effective voxel sides seen in training.
     reference : tuple of float, optional
         What it computed where it was exported; see `remix_bids.experts.reference`.
+    consistency_steps : int
+        Steps of `remix_bids.simulation.estimate.make_consistent` that follow the network.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ExpertRecord:
     upper: float
     anisotropy: tuple[float, float] = (1.0, 9.0)
     reference: tuple[float, ...] | None = None
+    consistency_steps: int = 0
 
     def check(self) -> Path:
         """Return the path of the weights after comparing their sha256.
@@ -152,6 +155,7 @@ def load_registry(directory: Path | None = None) -> Registry:
                 upper=float(row["upper"]),
                 anisotropy=tuple(row.get("anisotropy", (1.0, 9.0))),
                 reference=tuple(map(float, row["reference"])) if "reference" in row else None,
+                consistency_steps=int(row.get("consistency_steps", 0)),
             )
             for name, row in rows.items()
         )

@@ -154,7 +154,7 @@ class _DescribeInputSpec(BaseInterfaceInputSpec):
     intensity_scaling = Str(mandatory=True)
     registration_seconds = traits.Float()
     enhancement_seconds = traits.Float()
-    consistency_steps = traits.Int(desc="of back-projection, where they were asked for")
+    consistency_steps = traits.Int(0, usedefault=True, desc="that were taken")
     validation_warnings = traits.List(Str)
     registration_warnings = traits.List(Str)
     coverage_warnings = traits.List(Str)
@@ -183,8 +183,8 @@ class Describe(SimpleInterface):
             if isdefined(getattr(given, f"{name}_seconds"))
         }
         step = None
-        if isdefined(given.consistency_steps):
-            step = f"{given.consistency_steps} step(s) of back-projection after the network"
+        if given.consistency_steps:
+            step = f"{given.consistency_steps} step(s) of consistency after the network"
         content = {
             **given.static,
             "SkullStripped": given.skull_stripped,

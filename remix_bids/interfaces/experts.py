@@ -31,12 +31,14 @@ class _SelectExpertInputSpec(BaseInterfaceInputSpec):
     experts_table = File(exists=True, mandatory=True, desc="experts.toml")
     expert = Str("auto", usedefault=True, desc="auto, 1 to 7, or general")
     gate = traits.Enum("effective", "paper", usedefault=True)
+    least_steps = traits.Int(0, usedefault=True, desc="of consistency, whatever the expert's own")
 
 
 class _SelectExpertOutputSpec(TraitedSpec):
     expert = Str(desc="1 to 7, general, or none where there is nothing to gain")
     expert_file = File(exists=True)
     expert_sha256 = Str()
+    consistency_steps = traits.Int(desc="that follow the network")
     voxel_size = traits.List(traits.Float, desc="mm")
     voxel_volume = traits.Float(desc="mm3")
     effective_voxel_volume = traits.Float(desc="mm3")
@@ -63,7 +65,11 @@ class SelectExpert(SimpleInterface):
         sides = [float(s) for s in np.sqrt((affine[:3, :3] ** 2).sum(axis=0))]
         plain, effective = voxel_volume(sides), effective_voxel_volume(sides)
         self._results.update(
-            voxel_size=sides, voxel_volume=plain, effective_voxel_volume=effective, warnings=[]
+            voxel_size=sides,
+            voxel_volume=plain,
+            effective_voxel_volume=effective,
+            consistency_steps=0,
+            warnings=[],
         )
         warnings = self._results["warnings"]
         asked = self.inputs.expert
@@ -94,6 +100,7 @@ class SelectExpert(SimpleInterface):
             expert=record.name,
             expert_file=str(record.check()),
             expert_sha256=record.sha256,
+            consistency_steps=max(record.consistency_steps, self.inputs.least_steps),
         )
         return runtime
 
@@ -177,7 +184,7 @@ def _volume(path: str) -> torch.Tensor:
     import nibabel as nb
     import torch
 
-    return torch.from_numpy(np.array(nb.load(path).dataobj, dtype=np.float32))
+    return torch.from_numpy(np.asanyarray(nb.load(path).dataobj, dtype=np.float32).copy())
 
 
 @lru_cache(maxsize=8)

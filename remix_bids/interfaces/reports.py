@@ -284,7 +284,7 @@ def consistency_html(figures: dict[str, Any]) -> str:
         if enforced:
             row.append(_number(figures[f"{key}_enforced"]) if f"{key}_enforced" in figures else "")
         rows.append([*row, entry["Units"], entry["Better"]])
-    head = ["", "network"] + ["after --enforce-consistency"] * enforced + ["unit", "better is"]
+    head = ["", "network"] + ["after the consistency step"] * enforced + ["unit", "better is"]
     text = _table(head, rows)
     if figures.get("left_out_psnr") is not None:
         expert, cubic = figures["left_out_psnr"], figures["left_out_psnr_cubic"]

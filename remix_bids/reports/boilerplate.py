@@ -10,6 +10,7 @@ from pathlib import Path
 from remix_bids import __version__
 from remix_bids.config import NATIVE, RunConfig
 from remix_bids.derivatives import write_text
+from remix_bids.experts.registry import load_registry
 from remix_bids.templates import NILEARN_SPACE
 
 _CITED = re.compile(r"@(\w+)")
@@ -24,11 +25,11 @@ def methods_text(config: RunConfig) -> str:
         Only options that change the result, and the versions installed here, enter the text.
     """
     parts = [_opening(config), _registration(config), _network(config)]
-    if config.enforce_consistency:
+    which = _followed_by_steps(config)
+    if which:
         parts.append(
-            "After the network, what the output left unexplained of the scan was estimated and "
-            "added, as in iterative back-projection [@backprojection], as far as it stood out of "
-            "the noise."
+            f"After {which}, what the output left unexplained of the scan was estimated and added, "
+            "as in iterative back-projection [@backprojection], as far as it stood out of noise."
         )
     parts += [_spaces(config), _quality(config)]
     if config.sloppy:
@@ -84,6 +85,20 @@ def _network(config: RunConfig) -> str:
         f"For each image, {which} predicted what to add to the interpolated image, with PyTorch "
         f"{_version('torch')} [@pytorch].{copy}{own} Intensities stayed those of the scanner."
     )
+
+
+def _followed_by_steps(config: RunConfig) -> str:
+    """The networks whose output was made consistent with the scan, in words; '' for none."""
+    if config.enforce_consistency:
+        return "the network"
+    if config.experts_dir is not None:
+        return "those networks whose table asks for it"
+    names = [
+        record.name
+        for record in load_registry()
+        if record.consistency_steps and config.expert in ("auto", record.name)
+    ]
+    return f"the networks for {' and '.join(names)} mm3" if names else ""
 
 
 def _spaces(config: RunConfig) -> str:

@@ -157,7 +157,7 @@ def column_dictionary(columns: Sequence[str]) -> dict[str, dict[str, str]]:
             text = {
                 "before": "of the interpolated image",
                 "after": "of the output",
-                "enforced": "after --enforce-consistency",
+                "enforced": "after the consistency step",
             }[when]
             entry = dict(dictionary[base])
             entry["LongName"] += f", {text}"

@@ -114,10 +114,18 @@ def run_recipe(
         train(network, simulator, validation, schedule, output / stage, device=device, loss=loss)
 
 
-def export_experts(trained: Path, output: Path) -> Path:
+def export_experts(trained: Path, output: Path, steps: Sequence[int] = (0,) * 7) -> Path:
     """Copy the best weights of the seven experts and the general network, and write their table.
 
     The table also gets what each computes on a reference input, for ``remix-experts verify``.
+
+    Parameters
+    ----------
+    trained : Path
+        Folder of `run_recipe`.
+    output : Path
+    steps : sequence of 7 int
+        Consistency steps that follow each expert.
 
     Returns
     -------
@@ -145,6 +153,7 @@ def export_experts(trained: Path, output: Path) -> Path:
             f"lower = {low}",
             f"upper = {high}",
             f"anisotropy = [1.0, {seen}]",
+            f"consistency_steps = {0 if name == GENERAL else steps[int(name) - 1]}",
             f"steps = {provenance['step']}",
             f"validation_gain_db = {provenance['validation_gain_db']:.3f}",
             f"reference = {list(reference_output(network))}",

@@ -79,7 +79,7 @@ def init_anat_remix_wf(
     spaces : tuple of str
         Spaces to write images in: 'T1w' (native) and that of the template.
     enforce_consistency : bool
-        Make the output agree with the acquired voxels.
+        A consistency step after every expert, not only after those that ask for one.
     leave_slices_out : bool
         Also restore the scan from half of its slices, as a test.
     skull_stripped : bool, optional
@@ -119,7 +119,12 @@ def init_anat_remix_wf(
     if slice_thickness is not None:
         to_mni.inputs.slice_thickness = slice_thickness
     select_expert = Node(
-        SelectExpert(experts_table=str(experts_table), expert=expert, gate=gate),
+        SelectExpert(
+            experts_table=str(experts_table),
+            expert=expert,
+            gate=gate,
+            least_steps=int(enforce_consistency),
+        ),
         name="select_expert",
         mem_gb=0.1,
     )
@@ -152,27 +157,10 @@ def init_anat_remix_wf(
     figures = init_figures_wf(
         names=names, output_dir=output_dir, template=template, source=label, native=native
     )
-    # What is written and shown: the network's output, or what the consistency step made of it.
-    output, port = enhance, "out_file"
+    enforce = Node(EnforceConsistency(**thick), name="enforce", mem_gb=heavy_gb or QC_GB)
     workflow = Workflow(name=name)
     scan = [("out_file", "native")]
     affine = [("forward_transform", "transform")]
-    if enforce_consistency:
-        output = Node(
-            EnforceConsistency(**thick),
-            name="enforce_consistency",
-            mem_gb=heavy_gb or QC_GB,
-        )
-        workflow.connect(
-            [
-                (validate, output, scan),
-                (register, output, affine),
-                (to_mni, output, [("coverage", "coverage")]),
-                (enhance, output, [("out_file", "enhanced")]),
-                (output, consistency, [("out_file", "enforced")]),
-                (output, describe, [("steps", "consistency_steps")]),
-            ]
-        )
     workflow.connect(
         [
             (validate, register, [("out_file", "moving_image")]),
@@ -238,6 +226,14 @@ def init_anat_remix_wf(
                     ("seconds", "enhancement_seconds"),
                 ],
             ),
+            # What is written and shown is the network's output after its expert's steps.
+            (validate, enforce, scan),
+            (register, enforce, affine),
+            (to_mni, enforce, [("coverage", "coverage")]),
+            (enhance, enforce, [("out_file", "enhanced")]),
+            (select_expert, enforce, [("consistency_steps", "steps")]),
+            (enforce, describe, [("steps", "consistency_steps")]),
+            (enforce, consistency, [("out_file", "enforced")]),
             (validate, consistency, scan),
             (register, consistency, affine),
             (to_mni, consistency, [("coverage", "coverage")]),
@@ -245,7 +241,7 @@ def init_anat_remix_wf(
             (validate, quality, scan),
             (register, quality, affine),
             (to_mni, quality, [("out_file", "before"), ("coverage", "coverage")]),
-            (output, quality, [(port, "after")]),
+            (enforce, quality, [("out_file", "after")]),
             (validate, check_header, [("out_file", "in_file"), ("warnings", "remarks")]),
             (describe, collect, [("out_file", "sidecar")]),
             (consistency, collect, [("out_file", "consistency")]),
@@ -266,7 +262,7 @@ def init_anat_remix_wf(
                 figures,
                 [("out_file", "inputnode.registered"), ("coverage", "inputnode.coverage")],
             ),
-            (output, figures, [(port, "inputnode.enhanced")]),
+            (enforce, figures, [("out_file", "inputnode.enhanced")]),
             (
                 consistency,
                 figures,
@@ -280,7 +276,7 @@ def init_anat_remix_wf(
     if spaces != (NATIVE,):
         workflow.connect(
             [
-                (output, derivatives, [(port, "inputnode.image")]),
+                (enforce, derivatives, [("out_file", "inputnode.image")]),
                 (describe, derivatives, [("out_file", "inputnode.sidecar")]),
             ]
         )
@@ -294,7 +290,7 @@ def init_anat_remix_wf(
                 (validate, to_native, scan),
                 (register, to_native, affine),
                 (to_mni, to_native, [("out_file", "before")]),
-                (output, to_native, [(port, "after")]),
+                (enforce, to_native, [("out_file", "after")]),
                 (describe, describe_native, [("out_file", "in_file")]),
                 (
                     to_native,
@@ -320,6 +316,7 @@ def init_anat_remix_wf(
             experts_table=experts_table,
             expert=expert,
             gate=gate,
+            enforce_consistency=enforce_consistency,
             slice_thickness=slice_thickness,
             device=device,
             heavy_gb=heavy_gb,
@@ -340,6 +337,7 @@ def init_leave_out_wf(
     experts_table: Path,
     expert: str = "auto",
     gate: str = "effective",
+    enforce_consistency: bool = False,
     slice_thickness: float | None = None,
     device: str = "cpu",
     heavy_gb: float | None = None,
@@ -349,7 +347,7 @@ def init_leave_out_wf(
 
     Parameters
     ----------
-    template, experts_table, expert, gate, slice_thickness, device, heavy_gb
+    template, experts_table, expert, gate, enforce_consistency, slice_thickness, device, heavy_gb
         As in `init_anat_remix_wf`; the gate sees the doubled spacing.
 
     Inputs
@@ -361,7 +359,12 @@ def init_leave_out_wf(
     drop = Node(DropSlices(), name="drop", mem_gb=VALIDATE_GB)
     to_mni = Node(ToWorkingGrid(template=str(template.t1w)), name="to_mni", mem_gb=RESAMPLE_GB)
     select_expert = Node(
-        SelectExpert(experts_table=str(experts_table), expert=expert, gate=gate),
+        SelectExpert(
+            experts_table=str(experts_table),
+            expert=expert,
+            gate=gate,
+            least_steps=int(enforce_consistency),
+        ),
         name="select_expert",
         mem_gb=0.1,
     )
@@ -371,6 +374,7 @@ def init_leave_out_wf(
         n_procs=1,
         mem_gb=heavy_gb or ENHANCE_GB,
     )
+    enforce = Node(EnforceConsistency(), name="enforce", mem_gb=heavy_gb or QC_GB)
     compare = Node(
         CompareLeftOut(template=str(template.t1w)), name="compare", mem_gb=heavy_gb or QC_GB
     )
@@ -379,8 +383,10 @@ def init_leave_out_wf(
     workflow = Workflow(name=name)
     if slice_thickness is not None:
         to_mni.inputs.slice_thickness = compare.inputs.thickness = slice_thickness
+        enforce.inputs.thickness = slice_thickness
     else:  # that slices are missing does not make the others thicker
         workflow.connect(drop, "spacing", to_mni, "slice_thickness")
+        workflow.connect(drop, "spacing", enforce, "thickness")
     workflow.connect(
         [
             (inputnode, drop, [("native", "in_file")]),
@@ -411,7 +417,12 @@ def init_leave_out_wf(
                 ],
             ),
             (to_mni, compare, [("coverage", "coverage")]),
-            (enhance, compare, [("out_file", "enhanced")]),
+            (drop, enforce, [("out_file", "native")]),
+            (inputnode, enforce, [("transform", "transform")]),
+            (to_mni, enforce, [("coverage", "coverage")]),
+            (enhance, enforce, [("out_file", "enhanced")]),
+            (select_expert, enforce, [("consistency_steps", "steps")]),
+            (enforce, compare, [("out_file", "enhanced")]),
         ]
     )
     return workflow
