@@ -1,6 +1,7 @@
 """Metrics by known answers; the protocol keeps its promises."""
 
 import tomllib
+from dataclasses import replace
 from importlib import resources
 
 import numpy as np
@@ -197,7 +198,7 @@ def measured(todo, experts):
     """Two rows of each case, as a TSV gives them back."""
     return [
         {"person": c.person.name, "class": str(c.klass), "kind": c.kind, "noise": str(c.noise),
-         "experts": experts, "method": method}
+         "experts": experts, "method": method, "dice": ""}
         for c in todo
         for method in ("cubic", "expert")
     ]  # fmt: skip
@@ -212,6 +213,8 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     # The last case was cut off; cases that nobody asks for now are left out.
     assert finished(rows[:-1], todo, settings) == rows[:-2]
     assert finished(rows, todo[1:], settings) == rows[2:]
+    # Dice is asked for, and was not found yet.
+    assert finished(rows, todo, replace(settings, segmenter="atropos")) == []
     # What is there is not run again: these persons have no voxels to run on.
     write_rows(tmp_path / "rows.tsv", [], rows)
     assert evaluate(todo, settings, tmp_path / "rows.tsv") == rows

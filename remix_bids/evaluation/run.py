@@ -281,8 +281,16 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     for row in rows:
         found.setdefault((row["person"], row["class"], row["kind"], row["noise"]), []).append(row)
     most = max(map(len, found.values()), default=0)
-    wanted = {case_key(case) for case in cases}
-    return [row for key, own in found.items() if key in wanted and len(own) == most for row in own]
+    wanted = {case_key(case): case for case in cases}
+
+    def whole(key: tuple, own: Sequence[dict]) -> bool:
+        """All methods, and Dice if it is asked for now."""
+        if key not in wanted or len(own) < most:
+            return False
+        segmented = settings.segmenter and wanted[key].first and not wanted[key].person.head
+        return not segmented or any(row["dice"] for row in own)
+
+    return [row for key, own in found.items() if whole(key, own) for row in own]
 
 
 def case_key(case: Case) -> tuple[str, ...]:
