@@ -145,6 +145,25 @@ def test_gate(tmp_path, experts, sides, gate, asked, expert, warned):
     assert bool(result.warnings) == bool(warned)
 
 
+@pytest.mark.parametrize(
+    ("own", "least", "asked", "steps"),
+    [(0, 0, "auto", 0), (2, 0, "auto", 2), (0, 1, "auto", 1), (2, 1, "3", 2)],
+)
+def test_an_expert_knows_its_steps_of_consistency(tmp_path, experts, own, least, asked, steps):
+    text = experts.read_text().replace("[expert.4]", f"[expert.4]\nconsistency_steps = {own}")
+    text = text.replace("[expert.3]", f"[expert.3]\nconsistency_steps = {own}")
+    for name in ("experts.toml", "e.safetensors"):
+        (tmp_path / name).write_bytes((experts.parent / name).read_bytes())
+    (tmp_path / "experts.toml").write_text(text)
+    path = save_image(tmp_path / "scan.nii.gz", affine=np.diag([1.0, 1, 4, 1]))
+    table = str(tmp_path / "experts.toml")
+    node = SelectExpert(in_file=str(path), experts_table=table, expert=asked, least_steps=least)
+    assert outputs(node, tmp_path / "node").consistency_steps == steps
+    fine = save_image(tmp_path / "fine.nii.gz", affine=np.diag([1.0, 1, 1, 1]))
+    node = SelectExpert(in_file=str(fine), experts_table=table, least_steps=1)
+    assert outputs(node, tmp_path / "fine").consistency_steps == 0  # no network, no step
+
+
 # --- the network ---------------------------------------------------------------------------------
 
 

@@ -192,8 +192,9 @@ def test_sharpness_is_what_a_blur_takes_away():
 
 def test_persons_of_large_studies_are_drawn_less():
     """Nine persons of one study, one of another: three to one."""
-    many = [replace(person(1, head=False), name=f"site{i:02d}") for i in range(9)]
-    alone = replace(person(2, head=False), name="alone")
+    one = Person("one", torch.zeros(1).half(), False, (1.0,) * 3, np.eye(4), "train")
+    many = [replace(one, name=f"site{i:02d}") for i in range(9)]
+    alone = replace(one, name="alone")
     assert {p.study for p in many} == {"site"}
     assert replace(alone, name="ds002748x07").study == "ds002748"
     shares = study_shares([*many, alone])

@@ -48,12 +48,13 @@ def test_the_reference_input_is_drawn_again_and_has_all_channels():
     assert torch.equal(inputs, reference_input()[0])
     assert inputs.shape[0] == len(INPUTS)
     assert scan.shape == (4,)
-    image, covered, *_, phase = inputs
+    image, covered, *_, phase, rest = inputs
     assert 0 < covered.mean() < 1
     assert (image[covered == 0] == 0).all()
     assert image.min() >= 0
     assert 0.5 < image.max() < 2
     assert phase.min() == pytest.approx(-1)
+    assert 0 < rest.abs().max() <= 0.01
 
 
 def test_the_reference_input_is_the_same_on_every_machine():

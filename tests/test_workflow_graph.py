@@ -23,17 +23,19 @@ SKELETONS = {
     "many": ["sub-01_ses-a_T1w.nii.gz", "sub-02_T1w.nii.gz", "sub-1_T1w.nii.gz"],
 }
 # The way of one T1w image: DESIGN section 3.
-STEPS = ["validate", "register", "to_mni", "select_expert", "enhance", "describe"]
+STEPS = ["validate", "register", "to_mni", "select_expert", "enhance", "enforce", "describe"]
 STEPS += ["check_header", "consistency", "quality", "collect"]
 ARROWS = [
     ("validate", "register"),
     ("register", "to_mni"),
     ("to_mni", "enhance"),
     ("select_expert", "enhance"),
-    ("enhance", "derivatives_wf"),
-    ("enhance", "figures_wf"),
+    ("enhance", "enforce"),
+    ("select_expert", "enforce"),
+    ("enforce", "derivatives_wf"),
+    ("enforce", "figures_wf"),
     ("enhance", "consistency"),
-    ("enhance", "quality"),
+    ("enforce", "quality"),
     ("collect", "derivatives_wf"),
 ]
 
@@ -133,7 +135,8 @@ def test_leaving_slices_out_is_a_way_of_its_own(tmp_path):
     workflow, _, _ = build(tmp_path, SKELETONS["plain"], leave_slices_out=True)
     more = set(real_nodes(workflow)) - set(real_nodes(plain))
     assert {name.split(".", 2)[2] for name in more} == {
-        f"leave_out_wf.{name}" for name in ("drop", "to_mni", "select_expert", "enhance", "compare")
+        f"leave_out_wf.{name}"
+        for name in ("drop", "to_mni", "select_expert", "enhance", "enforce", "compare")
     }
     assert names_of(workflow) == names_of(plain)
 
