@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from remix_bids.config import RunConfig
+from remix_bids.experts.registry import GENERAL, load_registry
 from remix_bids.reports.boilerplate import (
     boilerplate_html,
     methods_text,
@@ -24,7 +25,7 @@ PLAIN = RunConfig(Path("bids"), Path("out"))
 @pytest.mark.parametrize(
     ("changes", "says", "does_not_say"),
     [
-        ({}, ["effective voxel volume", "MNI152Lin space"], ["native space", "back-projection"]),
+        ({}, ["effective voxel volume", "MNI152Lin space"], ["native space"]),
         ({"gate": "paper"}, ["product of its voxel sizes"], ["effective"]),
         ({"expert": "3"}, ["(--expert 3)"], ["selected by", "1.05 mm"]),
         ({"expert": "general"}, ["one general residual"], ["seven expert"]),
@@ -45,6 +46,15 @@ def test_text_follows_the_options(changes, says, does_not_say):
         assert words in text
     for words in does_not_say:
         assert words not in text
+
+
+def test_steps_of_consistency_are_told_where_an_expert_takes_them():
+    for record in load_registry():
+        if record.name != GENERAL:
+            text = methods_text(replace(PLAIN, expert=record.name))
+            assert ("back-projection" in text) == (record.consistency_steps > 0)
+            assert (f"networks for {record.name} mm3" in text) == (record.consistency_steps > 0)
+    assert "whose table asks" in methods_text(replace(PLAIN, experts_dir=Path("x")))
 
 
 @pytest.mark.parametrize("space", SPACES)

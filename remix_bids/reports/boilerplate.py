@@ -98,7 +98,7 @@ def _followed_by_steps(config: RunConfig) -> str:
         for record in load_registry()
         if record.consistency_steps and config.expert in ("auto", record.name)
     ]
-    return f"the networks for {' and '.join(names)} mm3" if names else ""
+    return f"the networks for {', '.join(names)} mm3" if names else ""
 
 
 def _spaces(config: RunConfig) -> str:
