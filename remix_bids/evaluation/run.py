@@ -279,7 +279,7 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
         )
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault((row["person"], row["class"], row["kind"], row["noise"]), []).append(row)
+        found.setdefault(row_key(row), []).append(row)
     most = max(map(len, found.values()), default=0)
     wanted = {case_key(case): case for case in cases}
 
@@ -298,6 +298,11 @@ def case_key(case: Case) -> tuple[str, ...]:
     return case.person.name, str(case.klass), case.kind, str(case.noise)
 
 
+def row_key(row: dict) -> tuple[str, ...]:
+    """`case_key` of a row of a TSV."""
+    return row["person"], row["class"], row["kind"], row["noise"]
+
+
 def evaluate(
     cases: Sequence[Case], settings: Settings, output: Path, *, nprocs: int = 1
 ) -> list[dict]:
@@ -306,7 +311,7 @@ def evaluate(
     Cases whose rows are there already are not run again.
     """
     kept = finished(read_rows(output), cases, settings) if output.is_file() else []
-    done = {(row["person"], row["class"], row["kind"], row["noise"]) for row in kept}
+    done = {row_key(row) for row in kept}
     jobs = [(case, settings) for case in cases if case_key(case) not in done]
     context = multiprocessing.get_context("spawn")
     with context.Pool(nprocs) as pool:

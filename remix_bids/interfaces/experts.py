@@ -16,9 +16,9 @@ from nipype.interfaces.base import (
     traits,
 )
 
-if TYPE_CHECKING:  # torch is imported by workers only
-    import torch
+from remix_bids.interfaces.qc import load
 
+if TYPE_CHECKING:  # torch is imported by workers only
     from remix_bids.experts.registry import ExpertRecord
     from remix_bids.experts.unet import ResidualUNet
 
@@ -161,10 +161,10 @@ class Enhance(SimpleInterface):
             native = np.asanyarray(scan.dataobj, dtype=np.float32).reshape(source.shape)
             mapping = index_map(WORKING_GRID, source, read_itk_affine(self.inputs.transform))
             low = Estimate(
-                _volume(self.inputs.estimate),
-                _volume(self.inputs.coverage) > 0,
+                torch.from_numpy(load(self.inputs.estimate)),
+                torch.from_numpy(load(self.inputs.coverage) > 0),
                 sampling(mapping, source),
-                _volume(self.inputs.rest),
+                torch.from_numpy(load(self.inputs.rest)),
                 scan_noise(native, source),
             )
             high = enhance(low, record, device=device, network=_loaded_expert(record))
@@ -178,13 +178,6 @@ class Enhance(SimpleInterface):
         self._results["device"] = device_name(device)
         self._results["intensity_scaling"] = scaling
         return runtime
-
-
-def _volume(path: str) -> torch.Tensor:
-    import nibabel as nb
-    import torch
-
-    return torch.from_numpy(np.asanyarray(nb.load(path).dataobj, dtype=np.float32).copy())
 
 
 @lru_cache(maxsize=8)
