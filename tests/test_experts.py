@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from remix_bids.errors import InputImageError, MissingResourceError
-from remix_bids.experts.inference import enhance, intensity_scale, load_expert, predict
+from remix_bids.experts.inference import enhance, load_expert, predict
 from remix_bids.experts.registry import (
     ExpertRecord,
     effective_voxel_volume,
@@ -22,6 +22,7 @@ from remix_bids.experts.unet import (
 )
 from remix_bids.simulation.acquisition import Sampling
 from remix_bids.simulation.estimate import Estimate
+from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.training.trainer import save_network
 
 SIZES = np.array([1.0, 1.0, 4.0])

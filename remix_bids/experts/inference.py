@@ -15,34 +15,7 @@ from remix_bids.errors import InputImageError, MissingResourceError
 from remix_bids.experts.registry import ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.estimate import Estimate
-
-PERCENTILE = 99.5
-
-
-def intensity_scale(image: Tensor, covered: Tensor) -> float:
-    """The intensity that becomes 1: the 99.5th percentile of the foreground that was acquired.
-
-    Foreground is what exceeds a tenth of the 99.5th percentile of all acquired voxels, so that the
-    amount of air in the field of view does not move the scale.
-
-    Raises
-    ------
-    ValueError
-        If nothing was acquired or all of it is zero.
-    """
-    values = image[covered.bool()]
-    if len(values) == 0:
-        raise ValueError("no voxel of the scan lies inside the working grid")
-    rough = _percentile(values)
-    if not rough > 0:
-        raise ValueError("the scan is zero everywhere inside the working grid")
-    return _percentile(values[values > 0.1 * rough])
-
-
-def _percentile(values: Tensor) -> float:
-    # torch.quantile refuses more than 2**24 values, a working grid comes close; kthvalue does not.
-    k = max(1, round(PERCENTILE / 100 * len(values)))
-    return float(values.kthvalue(k).values)
+from remix_bids.simulation.intensity import intensity_scale
 
 
 def network_input(low: Estimate, scale: float) -> tuple[Tensor, Tensor]:

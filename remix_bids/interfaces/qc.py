@@ -144,7 +144,7 @@ class _EnforceConsistencyInputSpec(_ScanInputSpec):
 
 class _EnforceConsistencyOutputSpec(TraitedSpec):
     out_file = File(exists=True)
-    steps = traits.Int(desc="taken; none where what is left is noise")
+    steps = traits.Int(desc="taken; none where the scan is noisy")
 
 
 class EnforceConsistency(SimpleInterface):

@@ -29,7 +29,7 @@ def methods_text(config: RunConfig) -> str:
     if which:
         parts.append(
             f"After {which}, what the output left unexplained of the scan was estimated and added, "
-            "as in iterative back-projection [@backprojection], as far as it stood out of noise."
+            "as in iterative back-projection [@backprojection], unless the scan was noisy."
         )
     parts += [_spaces(config), _quality(config)]
     if config.sloppy:

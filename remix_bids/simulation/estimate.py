@@ -9,7 +9,7 @@ back-projection (docs/experiments.md).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.simulation.acquisition import Acquisition
+from remix_bids.simulation.acquisition import Acquisition, slice_axis
 from remix_bids.simulation.degrade import GAUSSIAN_REACH, LowResolution, acquire, seen_from
-from remix_bids.simulation.noise import scan_noise, tissue_level
+from remix_bids.simulation.noise import freedom_from_noise, scan_noise, tissue_level
 from remix_bids.spatial import (
     WORKING_GRID,
     Grid,
@@ -37,6 +37,7 @@ _NODE_MM = 0.5
 _NEGLIGIBLE = 1e-5  # weights below are dropped: most of a matrix is, and need not be multiplied
 _UNKNOWN_MEAN = 100.0  # variance of the mean, so large that the data alone determine it
 _FWHM_TO_SIGMA = 0.42466
+_SLICE = 0.87  # of the nominal width: between the Gaussian and the box that a slice may be
 
 
 def _covariance(distance: np.ndarray, width: float) -> np.ndarray:
@@ -158,7 +159,9 @@ def make_consistent(
 ) -> tuple[Tensor, int]:
     """Add what an image lacks to explain the scan.
 
-    x <- x + trust E(y - A x), A the acquisition, E `estimate_image`.
+    x <- x + w E(y - A x), E `estimate_image`, A the acquisition with a profile between a Gaussian
+    and a box, since no header tells which it was. w falls from 1 to 0 with the noise of the scan:
+    an expert has removed it, and a step would bring it back.
 
     Parameters
     ----------
@@ -167,19 +170,23 @@ def make_consistent(
     native : tensor
         The scan, on ``acquisition.grid``.
     noise : float
-        Of the scan; see `trust`.
+        Of the scan, in its units (`remix_bids.simulation.noise`).
     steps : int
-        At most; it ends where what is left is noise.
 
     Returns
     -------
     tensor like ``image``, and the number of steps taken
+        None if the scan is noisy.
     """
-    for step in range(steps):
-        missing = unexplained(image, native, acquisition, grid)
-        weight = trust(missing, native, noise)
-        if weight == 0:
-            return image, step
+    weight = freedom_from_noise(noise, native.cpu().numpy(), acquisition.grid)
+    if weight == 0:
+        return image, 0
+    widths = np.array(acquisition.widths)
+    widths[slice_axis(acquisition.grid)] *= _SLICE
+    x, y, z = (float(width) for width in widths)
+    seen = replace(acquisition, widths=(x, y, z))
+    for _ in range(steps):
+        missing = unexplained(image, native, seen, grid)
         image = image + weight * estimate_image(missing, acquisition, grid)
         if native.min() >= 0:
             image = image.clamp(min=0)
@@ -210,8 +217,9 @@ def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: G
 def trust(missing: Tensor, native: Tensor, noise: float) -> float:
     """How much of what an estimate left unexplained is worth adding, 0 to 1.
 
-    A first estimate explains most of the noise, too: what is left is all signal when it is as large
-    as the noise in bright tissue, and all noise when it is half as large (docs/experiments.md).
+    The linear estimate explains most of the noise, too: what is left is all signal when it is as
+    large as the noise in bright tissue, and all noise when it is half as large
+    (docs/experiments.md).
     """
     left = missing[(native > tissue_level(native.cpu().numpy())) & (missing != 0)]
     rms = float(left.square().mean().sqrt()) if len(left) else 0.0

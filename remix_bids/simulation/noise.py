@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from remix_bids.simulation.acquisition import slice_axis
+from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.spatial import Grid
 
 _MAD_TO_SIGMA = 1.4826
 _TISSUE = 0.3  # of the 99th percentile of what is not zero
+# Fine texture that counts as noise, in units of the image: it grows with the pixels. Fitted on
+# validation persons (docs/experiments.md).
+_TEXTURE, _MOST_TEXTURE, _DOUBT = 0.009, 0.018, 0.25
 
 
 def tissue_level(native: np.ndarray) -> float:
@@ -50,3 +55,22 @@ def scan_noise(native: np.ndarray, grid: Grid, inside: np.ndarray | None = None)
     both = rows[:, :, :-2] - 2 * rows[:, :, 1:-1] + rows[:, :, 2:]
     values = np.abs(both[mask[:, 1:-1, 1:-1]])
     return _MAD_TO_SIGMA * float(np.median(values)) / 6 if values.size else 0.0
+
+
+def freedom_from_noise(noise: float, native: np.ndarray, grid: Grid) -> float:
+    """1 where what `scan_noise` found may all be texture, 0 where there must be noise in it.
+
+    Parameters
+    ----------
+    noise : float
+        Of the scan, in the units of ``native``.
+    native : (x, y, z) array
+    grid : Grid
+        Of the scan.
+    """
+    if noise == 0:
+        return 1.0
+    pixel = np.delete(grid.voxel_sizes, slice_axis(grid)).max()
+    texture = min(_TEXTURE * pixel**2, _MOST_TEXTURE)
+    level = noise / intensity_scale(torch.from_numpy(native))
+    return float(np.clip((texture - level) / (_DOUBT * texture), 0, 1))

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from remix_bids.experts.inference import intensity_scale, network_input, slices_last
+from remix_bids.experts.inference import network_input, slices_last
 from remix_bids.simulation.acquisition import Acquisition, Geometry, draw, from_header, slice_axis
 from remix_bids.simulation.degrade import acquire, add_rician_noise, bounding_box
 from remix_bids.simulation.estimate import linear_estimate
+from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.spatial import WORKING_GRID, Grid
 
 COARSE_MM = 1.2

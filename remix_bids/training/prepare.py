@@ -14,8 +14,8 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from remix_bids.experts.inference import intensity_scale
 from remix_bids.registration.affine import Templates, register_affine
+from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.spatial import WORKING_GRID, Grid, coverage, index_map, resample
 
 LOGGER = logging.getLogger(__name__)
