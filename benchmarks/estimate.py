@@ -4,14 +4,15 @@
 
 ``PREPARED`` is a folder of ``remix-experts prepare``. PSNR inside the brain of validation persons
 through held-out acquisitions, mean over the cases of a class; the estimate also without its
-second look and with other assumptions about the covariance of a brain and about the noise. It
-prints a Markdown table.
+second look and with other assumptions about the covariance of a brain and about the noise;
+back-projection also with profiles that are 15 % too narrow or too wide. It prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import tomllib
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from remix_bids.training.dataset import crop_to_foreground, load_persons
 
 VARIANTS = ((1.0, 2e-4), (1.3, 2e-5), (1.3, 2e-4), (1.3, 2e-3), (1.6, 2e-4))  # power, noise
 ITERATES = (1, 2, 4)
+WRONG = (0.85, 1.15)  # widths that back-projection is told, relative to the true ones
 
 
 def run(case: Case) -> dict[str, float]:
@@ -44,6 +46,12 @@ def run(case: Case) -> dict[str, float]:
     for i, x in enumerate(back_project(native, acquisition, grid, low.image, max(ITERATES), 1.0)):
         if i + 1 in ITERATES:
             images[f"back-projection, {i + 1}, true profile"] = x
+    for factor in WRONG:
+        x, y, z = (factor * width for width in acquisition.widths)
+        wrong = replace(acquisition, widths=(x, y, z))
+        *_, images[f"back-projection, {max(ITERATES)}, widths times {factor}"] = back_project(
+            native, wrong, grid, low.image, max(ITERATES), 1.0
+        )
     first = estimate.estimate_image(native, told, grid).clamp(min=0) * low.covered
     missing = estimate.unexplained(first, native, told, grid)
     images["estimate, one look"] = first

@@ -1,0 +1,97 @@
+"""What one consistency step after the network gains, by assumed slice profile and by noise.
+
+    python benchmarks/steps.py PREPARED --persons 2
+
+``PREPARED`` is a folder of ``remix-experts prepare``. Brains of the validation split through
+acquisitions of the training bank, drawn as in training, half of the sidecars silent about the
+thickness. PSNR (dB) against that of the network alone, mean over the cases of a class: without
+noise by the width of the slices that the step assumes, relative to the nominal one; with noise the
+whole step, and the step as it ships, which gives way to noise. It prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remix_bids.evaluation.metrics import eroded, psnr
+from remix_bids.evaluation.restore import registry_of, see
+from remix_bids.experts.inference import enhance, load_expert
+from remix_bids.experts.registry import Registry
+from remix_bids.simulation import estimate
+from remix_bids.simulation.acquisition import Acquisition, draw, from_header, load_bank
+from remix_bids.spatial import Grid
+from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
+
+WIDTHS = (0.7, 0.8, 0.87, 1.0)  # of slices, relative to the nominal one
+CLASSES = range(1, 8)
+
+
+def step(image: Tensor, native: Tensor, told: Acquisition, grid: Grid, noise: float) -> Tensor:
+    return estimate.make_consistent(image, native, told, grid, noise)[0]
+
+
+def run(
+    person: Person, klass: int, noise: float, seed: tuple[int, ...], experts: Registry
+) -> dict[str, float]:
+    rng = np.random.default_rng(seed)
+    bank = [g for g in load_bank() if not g.held_out]
+    acquisition = draw(rng, bank, [person.world], klass)
+    thickness = acquisition.thickness if rng.random() < 0.5 else None
+    told = from_header(acquisition.grid, acquisition.world, thickness)
+    truth = person.image.float()
+    crop, grid = crop_to_foreground(truth, 64)
+    native, truth = see(truth, acquisition, noise, seed), truth[crop]
+    low = estimate.linear_estimate(native, told, grid)
+    record = experts[str(klass)]
+    image = torch.from_numpy(enhance(low, record, network=load_expert(record)))
+    mask = eroded((truth > 0.05) & low.covered, 2)
+    before = psnr(image, truth, mask)
+    found = {"as shipped": psnr(step(image, native, told, grid, low.noise), truth, mask) - before}
+    left = []
+    for estimate._SLICE in (0.87,) if noise else WIDTHS:
+        made = step(image, native, told, grid, 0.0)
+        found["the whole step" if noise else f"width {estimate._SLICE}"] = (
+            psnr(made, truth, mask) - before
+        )
+        left.append(float((made - image)[mask].square().mean()))
+    estimate._SLICE = 0.87
+    if not noise:
+        square, line, _ = np.polyfit(WIDTHS, left, 2)
+        found["width at which the step is smallest"] = -line / (2 * square)
+    return found
+
+
+def cases(given: argparse.Namespace, noise: float, k: int) -> Iterator[dict[str, float]]:
+    experts = registry_of(given.experts_dir)
+    persons = [p for p in load_persons(given.prepared, "validation") if not p.head]
+    for i, person in enumerate(persons[: given.persons]):
+        for j in range(given.draws):
+            yield run(person, k, noise, (6, j, k, i), experts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("--persons", type=int, default=2, help="brains of the validation split")
+    parser.add_argument("--draws", type=int, default=2, help="acquisitions for each")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.005, 0.01, 0.02])
+    parser.add_argument("--experts-dir", type=Path)
+    given = parser.parse_args()
+    for noise in given.noise:
+        columns = [list(cases(given, noise, k)) for k in CLASSES]
+        print(f"\nnoise {noise:.1%}\n\n| step | {' | '.join(map(str, CLASSES))} | mean |")
+        print("|" + " --- |" * (len(CLASSES) + 2))
+        for name in columns[0][0]:
+            values = [float(np.mean([row[name] for row in rows])) for rows in columns]
+            values.append(float(np.mean(values)))
+            print(f"| {name} | {' | '.join(f'{v:+.2f}' for v in values)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
