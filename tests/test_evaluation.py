@@ -3,6 +3,7 @@
 import tomllib
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.restore import experts_digest, read_rows, write_rows
 from remix_bids.evaluation.run import METHODS, Settings, evaluate, finished
 from remix_bids.evaluation.table import SHIPS, best_iterations, bootstrap_interval, to_markdown
+from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
 from remix_bids.simulation.degrade import acquire
 from remix_bids.spatial import Grid
@@ -198,7 +200,7 @@ def measured(todo, experts):
     """Two rows of each case, as a TSV gives them back."""
     return [
         {"person": c.person.name, "class": str(c.klass), "kind": c.kind, "noise": str(c.noise),
-         "experts": experts, "method": method, "dice": ""}
+         "affine": "true", "experts": experts, "method": method, "dice": ""}
         for c in todo
         for method in ("cubic", "expert")
     ]  # fmt: skip
@@ -225,6 +227,9 @@ def test_rows_of_other_experts_are_not_mixed_in():
     todo = cases(people(1), protocol(), [3], [0.0])
     with pytest.raises(UsageError, match="other experts"):
         finished(measured(todo, "0123abcd"), todo, Settings(protocol()))
+    registered = replace(Settings(protocol()), templates=Templates(Path("t1w"), None))
+    with pytest.raises(UsageError, match="the other affine"):
+        finished(measured(todo, experts_digest(None)), todo, registered)
 
 
 def held(found, part):

@@ -173,6 +173,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.run import Settings
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.table import best_iterations
+    from remix_bids.registration.affine import Templates
     from remix_bids.training.dataset import load_persons
 
     shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
@@ -187,14 +188,20 @@ def evaluate(args: argparse.Namespace) -> None:
     noise = protocol["noise"] if args.noise is None else args.noise
     todo = cases(persons[: args.persons], protocol, args.classes, noise)
     mask = args.prepared / "strip_mask.npy"
+    segmenter = args.segmenter_command or ("atropos" if args.dice else None)
+    if args.template and segmenter:
+        raise UsageError(
+            "--template moves the truth for every scan: leave Dice to a run without it"
+        )
     settings = Settings(
         protocol,
         brain=mask if mask.is_file() else None,
         experts_dir=args.experts_dir,
         tune=args.tune,
         commands=_named_commands(args.method_command),
-        segmenter=args.segmenter_command or ("atropos" if args.dice else None),
+        segmenter=segmenter,
         labels=args.labels,
+        templates=Templates(args.template, args.template_mask) if args.template else None,
     )
     rows = run(todo, settings, args.output, nprocs=args.nprocs)
     if args.tune:
@@ -336,6 +343,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--segmenter-command", help="or with this: 'mri_synthseg --i {input} --o {output}'"
     )
     p.add_argument("--labels", type=Path, help="BIDS derivatives with manual tissue classes")
+    p.add_argument(
+        "--template", type=Path, help="register every acquired image to this T1w, as the app does"
+    )
+    p.add_argument("--template-mask", type=Path, help="its brain mask")
     p.add_argument(
         "--method-command",
         action="append",

@@ -27,6 +27,7 @@ from remix_bids.evaluation.metrics import (
     psnr,
     ssim,
 )
+from remix_bids.evaluation.registered import as_registered
 from remix_bids.evaluation.restore import (
     CUBIC,
     ESTIMATE,
@@ -47,6 +48,7 @@ from remix_bids.evaluation.segmenters import (
     tissue_means,
 )
 from remix_bids.experts.registry import GENERAL
+from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import Acquisition, from_header
 from remix_bids.simulation.degrade import restore_grid, seen_from
 from remix_bids.simulation.estimate import make_consistent
@@ -78,6 +80,8 @@ class Settings:
         'atropos', or a command; absent: no Dice.
     labels : Path, optional
         BIDS derivatives with manual tissue classes.
+    templates : Templates, optional
+        Register every acquired image to these, as the app does; the true affine by default.
     """
 
     protocol: dict
@@ -87,6 +91,12 @@ class Settings:
     commands: Mapping[str, str] = field(default_factory=dict)
     segmenter: str | None = None
     labels: Path | None = None
+    templates: Templates | None = None
+
+    @property
+    def affine(self) -> str:
+        """Which affine is used, as it stands in the rows."""
+        return "registered" if self.templates else "true"
 
 
 def _restored(
@@ -195,9 +205,13 @@ def manual_classes(folder: Path, person: Person, grid: Grid) -> np.ndarray:
 def run_case(case: Case, settings: Settings) -> list[dict]:
     """All methods on one case, one row each; or every iterate of back-projection, to tune it."""
     truth = case.person.image.float()
-    crop, grid = crop_to_foreground(truth, 64)
     acquisition = case.acquisition()
     native = see(truth, acquisition, case.noise, case.seed)
+    if settings.templates is not None:
+        acquisition, truth = as_registered(
+            native, acquisition, truth, settings.templates, case.person.head
+        )
+    crop, grid = crop_to_foreground(truth, 64)
     brain = truth > FOREGROUND
     if case.person.head and settings.brain is not None:
         brain &= _brain(settings.brain)
@@ -215,6 +229,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         "anisotropy": round(acquisition.anisotropy, 2),
         "profile": "box" if any(acquisition.box) else "gaussian",
         "noise": case.noise,
+        "affine": settings.affine,
         "experts": experts_digest(settings.experts_dir),
     }
     rows: list[dict] = []
@@ -270,12 +285,13 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     Raises
     ------
     UsageError
-        If they were measured with other experts.
+        If they were measured with other experts, or with the other affine.
     """
-    experts = experts_digest(settings.experts_dir)
-    if any(row["experts"] != experts for row in rows):
+    now = (experts_digest(settings.experts_dir), settings.affine)
+    if any((row["experts"], row["affine"]) != now for row in rows):
         raise UsageError(
-            "the output holds rows of other experts; name another file, or remove this one"
+            "the output holds rows of other experts, or of the other affine; name another file, or "
+            "remove this one"
         )
     found: dict[tuple, list[dict]] = {}
     for row in rows:
