@@ -28,7 +28,8 @@ from remix_bids.simulation.acquisition import Acquisition, draw, from_header, lo
 from remix_bids.spatial import Grid
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 
-WIDTHS = (0.7, 0.8, 0.87, 1.0)  # of slices, relative to the nominal one
+WIDTHS = (0.7, 0.8, estimate._SLICE, 1.0)  # of slices, relative to the nominal one
+SHIPPED = estimate._SLICE
 CLASSES = range(1, 8)
 
 
@@ -54,13 +55,13 @@ def run(
     before = psnr(image, truth, mask)
     found = {"as shipped": psnr(step(image, native, told, grid, low.noise), truth, mask) - before}
     left = []
-    for estimate._SLICE in (0.87,) if noise else WIDTHS:
+    for estimate._SLICE in (SHIPPED,) if noise else WIDTHS:
         made = step(image, native, told, grid, 0.0)
         found["the whole step" if noise else f"width {estimate._SLICE}"] = (
             psnr(made, truth, mask) - before
         )
         left.append(float((made - image)[mask].square().mean()))
-    estimate._SLICE = 0.87
+    estimate._SLICE = SHIPPED
     if not noise:
         square, line, _ = np.polyfit(WIDTHS, left, 2)
         found["width at which the step is smallest"] = -line / (2 * square)

@@ -178,8 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--enforce-consistency",
         action="store_true",
         help="make the output of every expert agree with the acquired voxels by a step of "
-        "back-projection, as far as they stand out of the noise (default: only where validation "
-        "gained by it)",
+        "back-projection, unless the scan is noisy (default: only where validation gained by it)",
     )
     how.add_argument(
         "--leave-slices-out",

@@ -23,7 +23,7 @@ WHERE_KNOWN = {
 }
 SHIPS = "expert + steps"
 """What ships, named before the external test was read: the network, and the steps of consistency
-that validation gave its expert (``consistency_steps`` in ``experts.toml``; none for most)."""
+that validation gave its expert (``consistency_steps`` in ``experts.toml``), none on noisy scans."""
 ANISOTROPY = ((1.0, 2.0), (2.0, 4.0), (4.0, 20.0))
 
 

@@ -11,7 +11,7 @@ from remix_bids.spatial import Grid
 
 _MAD_TO_SIGMA = 1.4826
 _TISSUE = 0.3  # of the 99th percentile of what is not zero
-# Fine texture that counts as noise, in units of the image: it grows with the pixels. Fitted on
+# Fine texture that counts as noise, in units of the image: it grows with the pixels. Chosen on
 # validation persons (docs/experiments.md).
 _TEXTURE, _MOST_TEXTURE, _DOUBT = 0.009, 0.018, 0.25
 
