@@ -12,7 +12,6 @@ from itertools import product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _NODES = 2  # per output voxel, at which the spline is tabulated
@@ -90,8 +89,8 @@ def _spline_matrix(n: int, factor: int, start: int, stop: int) -> np.ndarray:
             for offset, weight in enumerate(_spline_weights(position - base), base - 1):
                 row[_mirror(offset, n)] += weight
     out = np.linalg.solve(sampling.T, nodes.T).T
-    # It decays as 0.27 to the power of the distance: what remains far away is below rounding.
-    return np.where(np.abs(out) > 1e-8, out, 0.0)
+    # It decays as 0.27 to the power of the distance: what is cut off is a millionth of a sample.
+    return np.where(np.abs(out) > 1e-6, out, 0.0)
 
 
 def _bands(matrix: Tensor, rows: int = 32) -> list[tuple[slice, slice]]:
@@ -131,11 +130,30 @@ def _product(matrix: Tensor, image: Tensor, axis: int) -> Tensor:
 
 
 def _sample_linear(image: Tensor, index: Tensor) -> Tensor:
-    """Trilinear samples of (n, c, x, y, z) at (n, 3, x, y, z) indices, edge values outside."""
-    sizes = torch.tensor(image.shape[-3:], dtype=index.dtype, device=index.device)
-    # grid_sample wants coordinates in [-1, 1] and the last array axis first.
-    grid = (2 * index / (sizes - 1).clamp(min=1).view(3, 1, 1, 1) - 1).flip(1).movedim(1, -1)
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    """Trilinear samples of (x, y, z) at (3, ...) indices, edge values outside.
+
+    `torch.nn.functional.grid_sample` takes three times as long on a CPU.
+    """
+    first = torch.zeros_like(index[0], dtype=torch.int32)  # flat index of a voxel's lower corner
+    between = []
+    for position, n in zip(index, image.shape, strict=True):
+        position = position.clamp(0, n - 1)
+        lower = position.floor().clamp(max=max(n - 2, 0))
+        between.append((position - lower).flatten())
+        first = first * n + lower.to(first)
+    flat, first = image.reshape(-1), first.flatten()
+    steps = np.cumprod([1, *image.shape[:0:-1]])[::-1]
+    dx, dy, dz = (int(step) * (n > 1) for step, n in zip(steps, image.shape, strict=True))
+    x, y, z = between
+
+    def along_z(corner: int) -> Tensor:
+        near, far = (flat[c:].index_select(0, first) for c in (corner, corner + dz))
+        return near.lerp(far, z)
+
+    def along_y(corner: int) -> Tensor:
+        return along_z(corner).lerp(along_z(corner + dy), y)
+
+    return along_y(0).lerp(along_y(dx), x).reshape(index.shape[1:])
 
 
 def _tabulate(
@@ -212,7 +230,8 @@ def resample(
         first = np.eye(4)
         first[0, 3] = start
         index = voxel_indices(mapping @ first, (depth, *shape[1:]), image)
-        out[:, start : start + depth] = _sample_linear(batch, index[None])[0]
+        for c, channel in enumerate(batch[0]):
+            out[c, start : start + depth] = _sample_linear(channel, index)
     return out if channels else out[0]
 
 
