@@ -48,7 +48,7 @@ def simulate(
 ) -> tuple[torch.Tensor, torch.Tensor, Acquisition]:
     """A person's truth, a noisy scan of it, and its acquisition."""
     truth = person.image.float() * 1000
-    case = Case(person, klass, KINDS[index % len(KINDS)], (SEED, index, klass), noise)
+    case = Case(person, klass, KINDS[index % len(KINDS)], index, (SEED, index, klass), noise)
     acquisition = case.acquisition()
     native = acquire(truth, acquisition)
     if noise:

@@ -248,13 +248,13 @@ STATIC = {
     "SpatialReference": "tpl-MNI152Lin_res-01_T1w.nii.gz",
     "SelectionRule": "effective <volume>",
     "RandomSeed": 1,
-    "Interpolation": "cubic",
 }
 
 
 DYNAMIC_KEYS = (
     *("SkullStripped", "Expert", "ExpertSHA256", "VoxelSize", "VoxelVolume"),
     *("EffectiveVoxelVolume", "Device", "IntensityScaling", "AffineDeterminant"),
+    "Interpolation",
     *("RegistrationScore", "BrainCoverage", "Warnings"),
 )
 
@@ -281,11 +281,17 @@ def describe(tmp_path, **changes):
     return Path(result.outputs.out_file)
 
 
+def test_sidecar_of_a_resampled_copy(tmp_path):
+    content = json.loads(describe(tmp_path, expert="none").read_text())
+    assert content["Interpolation"].startswith("cubic B-spline, once")
+
+
 def test_sidecar(tmp_path):
     content = json.loads(describe(tmp_path).read_text())
     assert content["Warnings"] == ["Header: x", "Coverage: y & z"]
     assert content["Sources"] == STATIC["Sources"]
     assert set(content) == {*STATIC, *DYNAMIC_KEYS}
+    assert content["Interpolation"].startswith("a linear estimate")
     page = summary_html("sub-01_T1w", content)
     assert "effective &lt;volume&gt;" in page
     assert "Coverage: y &amp; z" in page

@@ -158,3 +158,6 @@ def test_what_a_header_tells():
     assert widths[0] > 0.95  # zero-filled: what was acquired is coarser than the voxel
     for unknown in (None, 0.0, 7.0):
         assert from_header(grid, np.eye(4), unknown).widths[2] == pytest.approx(0.975 * 5)
+    # Of two sides that are as long, which one is stacked?
+    even = Grid((50, 60, 60), np.diag([1.0, 1.333, 1.333, 1.0]))
+    assert from_header(even, np.eye(4), 1.0).widths[1:] == pytest.approx([0.975 * 1.333] * 2)

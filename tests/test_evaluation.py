@@ -23,7 +23,7 @@ from remix_bids.evaluation.metrics import (
     ssim,
 )
 from remix_bids.evaluation.plot import plot
-from remix_bids.evaluation.restore import experts_digest, read_rows, write_rows
+from remix_bids.evaluation.restore import read_rows, write_rows
 from remix_bids.evaluation.run import METHODS, Settings, evaluate, finished
 from remix_bids.evaluation.table import SHIPS, best_iterations, bootstrap_interval, to_markdown
 from remix_bids.registration.affine import Templates
@@ -124,13 +124,27 @@ def test_cases_are_held_out_in_class_and_drawn_again():
     todo = cases(people(), protocol(), range(1, 8), [0.0])
     assert len(todo) == 42
     for k in range(1, 8):
-        assert {c.kind for c in todo if c.klass == k} == set(protocol()["kinds"])
+        assert {c.kind for c in todo if c.drawn == k} == set(protocol()["kinds"])
     for case in todo:
-        low, high = CLASS_RANGES[case.klass]
+        low, high = CLASS_RANGES[case.drawn]
         one, two = case.acquisition(), case.acquisition()
         assert low - 0.01 <= one.volume <= high + 0.01
         np.testing.assert_array_equal(one.grid.affine, two.grid.affine)
         assert one.widths == two.widths
+
+
+def test_a_real_geometry_is_called_real_only_where_there_is_one():
+    todo = [c for c in cases(people(), protocol(), range(1, 8), [0.0]) if c.kind == "real"]
+    real = {float(np.prod(np.maximum(g.grid.voxel_sizes, 1))) for g in load_bank() if g.held_out}
+    for case in todo:
+        low, high = CLASS_RANGES[case.drawn]
+        assert (case.source == "real") == any(low <= volume < high for volume in real)
+    assert {c.source for c in todo} == {"real", "any plane"}
+
+
+def test_a_coarse_image_is_no_truth_for_thin_slices():
+    person = replace(people(1)[0], voxel_sizes=(1.0, 1.333, 1.333))
+    assert {c.drawn for c in cases([person], protocol(), range(1, 8), [0.0])} == {3, 4, 5, 6, 7}
 
 
 def test_no_training_geometry_is_held_out():
@@ -196,27 +210,30 @@ def test_dice_and_other_programs_get_their_columns(tmp_path):
     assert "PSNR gain over cubic" in (tmp_path / "one.svg").read_text()
 
 
-def measured(todo, experts):
+def measured(todo, digest=None):
     """Two rows of each case, as a TSV gives them back."""
+    digest = digest or Settings(protocol()).digest
     return [
-        {"person": c.person.name, "class": str(c.klass), "kind": c.kind, "noise": str(c.noise),
-         "affine": "true", "experts": experts, "method": method, "dice": ""}
+        {"person": c.person.name, "drawn": str(c.drawn), "number": str(c.number),
+         "noise": str(c.noise), "affine": "true", "setup": digest, "method": method, "dice": ""}
         for c in todo
         for method in ("cubic", "expert")
     ]  # fmt: skip
 
 
 def test_a_stopped_evaluation_goes_on(tmp_path):
-    todo, experts = cases(people(2), protocol(), [3], [0.0, 0.02]), experts_digest(None)
-    assert len({(c.person.name, c.klass, c.kind, c.noise) for c in todo}) == len(todo)
-    rows = measured(todo, experts)
-    settings = Settings(protocol())
+    often = protocol() | {"geometries_per_person": 7}  # one more than kinds
+    todo = cases(people(2), often, [3], [0.0, 0.02])
+    assert len({c.key for c in todo}) == len(todo) == 28
+    rows = measured(todo)
+    settings = Settings(often)
     assert finished(rows, todo, settings) == rows
     # The last case was cut off; cases that nobody asks for now are left out.
     assert finished(rows[:-1], todo, settings) == rows[:-2]
     assert finished(rows, todo[1:], settings) == rows[2:]
-    # Dice is asked for, and was not found yet.
-    assert finished(rows, todo, replace(settings, segmenter="atropos")) == []
+    # Dice is asked for, of the first geometries, and was not found yet.
+    left = finished(rows, todo, replace(settings, segmenter="atropos"))
+    assert left == [row for row in rows if row["number"] != "0"]
     # What is there is not run again: these persons have no voxels to run on.
     write_rows(tmp_path / "rows.tsv", [], rows)
     assert evaluate(todo, settings, tmp_path / "rows.tsv") == rows
@@ -227,9 +244,14 @@ def test_rows_of_other_experts_are_not_mixed_in():
     todo = cases(people(1), protocol(), [3], [0.0])
     with pytest.raises(UsageError, match="other experts"):
         finished(measured(todo, "0123abcd"), todo, Settings(protocol()))
+    tuned = Settings(protocol() | {"erosion": 3})
+    with pytest.raises(UsageError, match="another protocol"):
+        finished(measured(todo), todo, tuned)
+    with pytest.raises(UsageError, match="another protocol"):
+        finished(measured(todo), todo, Settings(protocol(), tune=True))
     registered = replace(Settings(protocol()), templates=Templates(Path("t1w"), None))
     with pytest.raises(UsageError, match="the other affine"):
-        finished(measured(todo, experts_digest(None)), todo, registered)
+        finished(measured(todo), todo, registered)
 
 
 def held(found, part):
@@ -248,7 +270,11 @@ def test_claims_hold_where_they_hold():
     assert held(found, "above back-projection") == ("1 of 1", True)
     assert held(found, "in their mean by 0.7 dB") == (f"{above['back-projection']:+.2f} dB", True)
     assert held(found, "general network in PSNR") == ("1 of 1, 0 ties", True)
-    assert not held(found, "gaussian profile")[1]  # there is none
+    assert not [c for c in found if "gaussian profile" in c.text]  # there is none
+    assert {c.text.split(":")[0] for c in found if c.text.startswith("class")} >= {"class 4"}
+    first = claims.claims([row | {"class": 1} for row in rows()])
+    assert not [c for c in first if "linear and cubic" in c.text]
+    assert held(first, "class 1: PSNR not below cubic") == (f"{above['cubic']:+.2f} dB", True)
     noisy = claims.claims([row | {"noise": 0.02} for row in rows()])
     assert held(noisy, "in their mean by 1.0 dB")[1]
     # One person worse is enough.

@@ -88,7 +88,11 @@ def test_consistency_steps_as_many_as_told(tmp_path):
 
 
 def test_native_sidecar(tmp_path):
-    content = sidecar() | {"SpatialReference": "tpl", "Interpolation": "once", "Resolution": "x"}
+    content = sidecar() | {
+        "SpatialReference": "tpl",
+        "Interpolation": "estimate",
+        "Resolution": "x",
+    }
     node = DescribeNative(
         in_file=write(tmp_path / "a.json", content), shape=[10, 20, 30], enhanced_fraction=0.812345
     )
@@ -97,6 +101,7 @@ def test_native_sidecar(tmp_path):
     assert "10 x 20 x 30" in found["Resolution"]
     assert not {"SpatialReference", "AffineDeterminant"} & set(found)
     assert found["Expert"] == "5"
+    assert found["Interpolation"].startswith("cubic B-spline, once")
 
 
 @pytest.mark.parametrize("n", [27, 28])

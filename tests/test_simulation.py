@@ -182,6 +182,13 @@ def test_drawn_shapes_lie_in_their_class(k):
         assert shape.spacing >= shape.in_plane - 1e-9
 
 
+def test_a_bank_of_one_plane_will_do():
+    bank = [g for g in load_bank() if g.plane == "sagittal"]
+    rng = np.random.default_rng(5)
+    for k in (1, 4, 4, 4, 7, 7):
+        assert draw(rng, bank, [np.eye(4)], k).volume > 0
+
+
 def test_drawn_acquisitions_look_at_the_brain():
     rng = np.random.default_rng(0)
     bank = [g for g in load_bank() if not g.held_out]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,53 +13,88 @@ from remix_bids.experts.registry import effective_voxel_volume
 from remix_bids.simulation.acquisition import (
     CLASS_RANGES,
     Acquisition,
+    Geometry,
     draw_shape,
     load_bank,
     place,
 )
-from remix_bids.training.dataset import Person
+from remix_bids.training.dataset import COARSE_CLASSES, Person
 
 
 @dataclass(frozen=True)
 class Case:
-    """One person seen through one acquisition."""
+    """One person seen through one acquisition.
+
+    Attributes
+    ----------
+    person : Person
+    drawn : int
+        Class from whose range of voxel volumes the geometry is drawn. Ranges overlap: which expert
+        it goes to is for the gate to say.
+    kind : str
+        Of geometry, as the protocol names it.
+    number : int
+        Of this person's geometries in the class; the first one is segmented.
+    seed : tuple of int
+    noise : float
+    """
 
     person: Person
-    klass: int
+    drawn: int
     kind: str
+    number: int
     seed: tuple[int, ...]
     noise: float
-    first: bool = True  # of this person's geometries in the class: the one that is segmented
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells this case from others, as it stands in a table."""
+        return self.person.name, str(self.drawn), str(self.number), str(self.noise)
+
+    @property
+    def source(self) -> str:
+        """Where the geometry comes from: ``kind``, unless no real one has such a volume."""
+        return self.kind if self.kind != "real" or _real(self.drawn) else "any plane"
 
     def acquisition(self) -> Acquisition:
         """A held-out geometry on the person; its own scale and shear."""
         rng = np.random.default_rng(self.seed)
-        bank = [g for g in load_bank() if g.held_out]
-        low, high = CLASS_RANGES[self.klass]
-        if self.kind == "real":
-            own = [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
-            if own:
-                return place(own[rng.integers(len(own))], self.person.world, rng)
+        if self.source == "real":
+            own = _real(self.drawn)
+            return place(own[rng.integers(len(own))], self.person.world, rng)
         tilt = re.fullmatch(r"oblique(\d+)", self.kind)
+        bank = [g for g in load_bank() if g.held_out]
         plane = [g for g in bank if g.plane == self.kind] or bank
         return place(
             plane[rng.integers(len(plane))],
             self.person.world,
             rng,
-            shape=draw_shape(rng, self.klass),
+            shape=draw_shape(rng, self.drawn),
             obliquity=float(tilt[1]) if tilt else None,
         )
+
+
+@lru_cache
+def _real(drawn: int) -> list[Geometry]:
+    """The held-out real geometries of a class."""
+    low, high = CLASS_RANGES[drawn]
+    bank = [g for g in load_bank() if g.held_out]
+    return [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
 
 
 def cases(
     persons: Sequence[Person], protocol: dict, classes: Sequence[int], noise: Sequence[float]
 ) -> list[Case]:
-    """The cases of a protocol; the order of kinds turns with person and class."""
+    """The cases of a protocol; the order of kinds turns with person and class.
+
+    A person whose image is coarser than 1 mm is no truth for thin slices.
+    """
     kinds = protocol["kinds"]
     return [
-        Case(person, k, kinds[(i + k + j) % len(kinds)], (protocol["seed"], i, k, j), sigma, j == 0)
+        Case(person, k, kinds[(i + k + j) % len(kinds)], j, (protocol["seed"], i, k, j), sigma)
         for k in classes
         for i, person in enumerate(persons)
+        if not person.coarse or k in COARSE_CLASSES
         for j in range(protocol["geometries_per_person"])
         for sigma in noise
     ]

@@ -190,10 +190,10 @@ def kept(restored: Tensor, true: Tensor, lesion: Lesion) -> tuple[float, float]:
 def run_case(case: Case, experts_dir: Path | None) -> list[dict]:
     """All lesions and methods of one case, one row each."""
     registry = registry_of(experts_dir)
-    record = registry[str(case.klass)]
     truth = case.person.image.float()
     crop, grid = crop_to_foreground(truth, 64)
     acquisition = case.acquisition()
+    record = registry.select(acquisition.volume)
     native_grid = acquisition.grid
 
     def restored(image: Tensor) -> dict[str, Tensor]:
@@ -221,8 +221,8 @@ def run_case(case: Case, experts_dir: Path | None) -> list[dict]:
                 rows.append(
                     {
                         "person": case.person.name,
-                        "class": case.klass,
-                        "kind": case.kind,
+                        "class": record.name,
+                        "kind": case.source,
                         "voxel_sizes": " x ".join(f"{s:.2f}" for s in native_grid.voxel_sizes),
                         "profile": "box" if any(acquisition.box) else "gaussian",
                         "noise": case.noise,
@@ -242,7 +242,7 @@ def run_cases(cases: Sequence[Case], experts_dir: Path | None) -> Iterator[list[
     """`run_case` on one case after the other."""
     for case in cases:
         rows = run_case(case, experts_dir)
-        LOGGER.info("%s, class %d, %s", case.person.name, case.klass, case.kind)
+        LOGGER.info("%s, class %d, %s", case.person.name, case.drawn, case.source)
         yield rows
 
 

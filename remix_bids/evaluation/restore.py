@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -36,25 +35,28 @@ def registry_of(experts_dir: Path | None) -> Registry:
     return load_registry(experts_dir)
 
 
-def experts_digest(experts_dir: Path | None) -> str:
-    """The first digits of the sha256 of all networks together: which set of experts this is."""
-    told = "".join(record.sha256 for record in load_registry(experts_dir))
-    return hashlib.sha256(told.encode()).hexdigest()[:8]
-
-
-def see(truth: Tensor, acquisition: Acquisition, noise: float, seed: Sequence[int]) -> Tensor:
+def see(
+    truth: Tensor,
+    acquisition: Acquisition,
+    noise: float,
+    seed: Sequence[int],
+    brain: Tensor | None = None,
+) -> Tensor:
     """The native image of ``truth`` (on the working grid), with Rician noise.
 
     Parameters
     ----------
     noise : float
-        In units of the foreground's 75th percentile.
+        In units of the brain's 75th percentile.
     seed : sequence of int
         The same seed draws the same noise.
+    brain : (x, y, z) bool tensor, optional
+        Where the brain lies in a head.
     """
     native = acquire(truth, acquisition)
     if noise > 0:
-        sigma = noise * float(truth[truth > 0.1].quantile(0.75))
+        bright = truth > 0.1 if brain is None else brain & (truth > 0.1)
+        sigma = noise * float(truth[bright].quantile(0.75))
         number = int(np.random.default_rng([*seed, 1]).integers(2**62))
         native = add_rician_noise(native, sigma, torch.Generator().manual_seed(number))
     return native

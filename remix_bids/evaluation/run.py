@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import nibabel as nb
@@ -31,7 +33,6 @@ from remix_bids.evaluation.registered import as_registered
 from remix_bids.evaluation.restore import (
     CUBIC,
     ESTIMATE,
-    experts_digest,
     read_rows,
     registry_of,
     restore,
@@ -47,7 +48,7 @@ from remix_bids.evaluation.segmenters import (
     nearest,
     tissue_means,
 )
-from remix_bids.experts.registry import GENERAL
+from remix_bids.experts.registry import GENERAL, is_fine_enough, load_registry
 from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import Acquisition, from_header
 from remix_bids.simulation.degrade import restore_grid, seen_from
@@ -56,9 +57,13 @@ from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import Grid, coverage, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
 
-BACK_PROJECTION, EXPERT, CONSISTENT = "back-projection", "expert", "expert + steps"
+BACK_PROJECTION, EXPERT = "back-projection", "expert"
+SHIPS = "expert + steps"
+"""What ships, named before the external test was read: what the app would write. The network that
+the gate chooses and the steps of consistency that validation gave it (``consistency_steps`` in
+``experts.toml``), none on noisy scans; where the gate chooses no expert, cubic interpolation."""
 FOREGROUND = 0.05  # of bright tissue
-METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, GENERAL, EXPERT, CONSISTENT)
+METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, GENERAL, EXPERT, SHIPS)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,15 @@ class Settings:
         """Which affine is used, as it stands in the rows."""
         return "registered" if self.templates else "true"
 
+    @cached_property
+    def digest(self) -> str:
+        """First digits of a sha256 of experts, their steps and protocol: what decides a row."""
+        experts = [(e.sha256, e.consistency_steps) for e in load_registry(self.experts_dir)]
+        chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
+        protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
+        told = json.dumps([experts, protocol, self.tune], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:8]
+
 
 def _restored(
     case: Case, native: Tensor, acquisition: Acquisition, grid: Grid, settings: Settings
@@ -111,20 +125,25 @@ def _restored(
         iterates = back_project(native, acquisition, grid, start, how["most"], how["step"])
         return {"0": start} | {str(i): x for i, x in enumerate(iterates, 1)}
     registry = registry_of(settings.experts_dir)
-    found = restore(native, acquisition, grid, [registry[GENERAL], registry[str(case.klass)]])
-    found[EXPERT] = found.pop(str(case.klass))
+    record = registry.select(acquisition.volume)
+    found = restore(native, acquisition, grid, [registry[GENERAL], record])
+    found[EXPERT] = found.pop(record.name)
     found["linear"] = interpolate(native, acquisition, grid, "linear")
-    iterations = how[f"iterations{noisy}"][case.klass - 1]
+    iterations = how[f"iterations{noisy}"][int(record.name) - 1]
     iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, how["step"])
     found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
-    found[CONSISTENT] = found[EXPERT]
-    steps = registry[str(case.klass)].consistency_steps
-    if steps:
+    if is_fine_enough(acquisition.grid.voxel_sizes):
+        found[SHIPS] = found[CUBIC]
+    elif record.consistency_steps:
         # Back-projection is given the true profile, the experts only what header and sidecar tell.
         told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
         sigma = scan_noise(native.numpy(), acquisition.grid)
-        image, _ = make_consistent(found[EXPERT], native, told, grid, sigma, steps)
-        found[CONSISTENT] = seen_from(image, acquisition.grid, acquisition.world, grid).image
+        image, _ = make_consistent(
+            found[EXPERT], native, told, grid, sigma, record.consistency_steps
+        )
+        found[SHIPS] = seen_from(image, acquisition.grid, acquisition.world, grid).image
+    else:
+        found[SHIPS] = found[EXPERT]
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
@@ -206,15 +225,16 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     """All methods on one case, one row each; or every iterate of back-projection, to tune it."""
     truth = case.person.image.float()
     acquisition = case.acquisition()
-    native = see(truth, acquisition, case.noise, case.seed)
+    inside = _brain(settings.brain) if case.person.head and settings.brain is not None else None
+    native = see(truth, acquisition, case.noise, case.seed, inside)
     if settings.templates is not None:
         acquisition, truth = as_registered(
             native, acquisition, truth, settings.templates, case.person.head
         )
     crop, grid = crop_to_foreground(truth, 64)
     brain = truth > FOREGROUND
-    if case.person.head and settings.brain is not None:
-        brain &= _brain(settings.brain)
+    if inside is not None:
+        brain &= inside
     truth, brain = truth[crop], brain[crop]
     mapping = index_map(grid, acquisition.grid, acquisition.world)
     covered = coverage(mapping, acquisition.grid.shape, grid.shape)
@@ -222,28 +242,38 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     outside = covered & ~grown(brain, 5) & (truth > FOREGROUND)
     about = {
         "person": case.person.name,
-        "class": case.klass,
-        "kind": case.kind,
+        "drawn": case.drawn,
+        "number": case.number,
+        "class": registry_of(settings.experts_dir).select(acquisition.volume).name,
+        "kind": case.source,
         "voxel_sizes": " x ".join(f"{s:.2f}" for s in acquisition.grid.voxel_sizes),
         "volume": acquisition.volume,
         "anisotropy": round(acquisition.anisotropy, 2),
         "profile": "box" if any(acquisition.box) else "gaussian",
         "noise": case.noise,
         "affine": settings.affine,
-        "experts": experts_digest(settings.experts_dir),
+        "setup": settings.digest,
     }
-    rows: list[dict] = []
-    measured: dict[int, dict] = {}  # of the expert and of its steps, where there are none
     images = _restored(case, native, acquisition, grid, settings)
-    for method, image in images.items():
-        if id(image) not in measured:
-            wanted = method in (*settings.protocol["segmented"], *settings.commands)
-            segment = bool(settings.segmenter) and wanted and case.first and not settings.tune
-            measured[id(image)] = _measure(
-                case.person, image, truth, (mask, covered, outside), grid, settings, segment
-            )
-        rows.append(about | {"method": method} | measured[id(image)])
-    return rows
+    segmented = {
+        id(images[method])
+        for method in (*settings.protocol["segmented"], *settings.commands)
+        if settings.segmenter and case.number == 0 and not settings.tune
+    }
+    # What ships may be the very image of another method.
+    measured = {
+        id(image): _measure(
+            case.person,
+            image,
+            truth,
+            (mask, covered, outside),
+            grid,
+            settings,
+            id(image) in segmented,
+        )
+        for image in {id(image): image for image in images.values()}.values()
+    }
+    return [about | {"method": m} | measured[id(image)] for m, image in images.items()]
 
 
 def _measure(
@@ -285,38 +315,33 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     Raises
     ------
     UsageError
-        If they were measured with other experts, or with the other affine.
+        If they were measured with other experts, another protocol, or the other affine.
     """
-    now = (experts_digest(settings.experts_dir), settings.affine)
-    if any((row["experts"], row["affine"]) != now for row in rows):
+    now = (settings.digest, settings.affine)
+    if any((row.get("setup"), row["affine"]) != now for row in rows):
         raise UsageError(
-            "the output holds rows of other experts, or of the other affine; name another file, or "
-            "remove this one"
+            "the output holds rows of other experts, of another protocol or of the other affine; "
+            "name another file, or remove this one"
         )
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         found.setdefault(row_key(row), []).append(row)
     most = max(map(len, found.values()), default=0)
-    wanted = {case_key(case): case for case in cases}
+    wanted = {case.key: case for case in cases}
 
     def whole(key: tuple, own: Sequence[dict]) -> bool:
         """All methods, and Dice if it is asked for now."""
         if key not in wanted or len(own) < most:
             return False
-        segmented = settings.segmenter and wanted[key].first and not wanted[key].person.head
+        segmented = settings.segmenter and wanted[key].number == 0 and not wanted[key].person.head
         return not segmented or any(row["dice"] for row in own)
 
     return [row for key, own in found.items() if whole(key, own) for row in own]
 
 
-def case_key(case: Case) -> tuple[str, ...]:
-    """What tells the rows of one case from others, as it stands in a TSV."""
-    return case.person.name, str(case.klass), case.kind, str(case.noise)
-
-
 def row_key(row: dict) -> tuple[str, ...]:
-    """`case_key` of a row of a TSV."""
-    return row["person"], row["class"], row["kind"], row["noise"]
+    """`Case.key` of a row of a TSV."""
+    return row["person"], row["drawn"], row["number"], row["noise"]
 
 
 def evaluate(
@@ -328,7 +353,7 @@ def evaluate(
     """
     kept = finished(read_rows(output), cases, settings) if output.is_file() else []
     done = {row_key(row) for row in kept}
-    jobs = [(case, settings) for case in cases if case_key(case) not in done]
+    jobs = [(case, settings) for case in cases if case.key not in done]
     context = multiprocessing.get_context("spawn")
     with context.Pool(nprocs) as pool:
         return write_rows(output, pool.imap(_job, jobs), kept)

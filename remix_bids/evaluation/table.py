@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from remix_bids.evaluation.run import METHODS
+from remix_bids.evaluation.run import METHODS, SHIPS
 from remix_bids.experts.registry import GENERAL
 
 METRICS = {
@@ -21,9 +21,6 @@ WHERE_KNOWN = {
     "dice_manual": "Dice of tissue classes with the manual ones",
     "head_detail": "Gradient energy at 0.2 to 0.4 cycles/mm outside the brain, of the truth's",
 }
-SHIPS = "expert + steps"
-"""What ships, named before the external test was read: the network, and the steps of consistency
-that validation gave its expert (``consistency_steps`` in ``experts.toml``), none on noisy scans."""
 ANISOTROPY = ((1.0, 2.0), (2.0, 4.0), (4.0, 20.0))
 
 

@@ -29,8 +29,11 @@ import numpy as np
 from remix_bids.errors import MissingResourceError
 
 GENERAL = "general"
+NO_EXPERT = "none"
 VOLUME_LIMIT = 8.5
 """Above this voxel volume (mm3) the last expert works outside its range."""
+FINE_ENOUGH = 1.05
+"""With all voxel sides at most this long (mm) the gate chooses no expert."""
 
 
 def voxel_volume(voxel_sizes: Iterable[float]) -> float:
@@ -45,6 +48,11 @@ def effective_voxel_volume(voxel_sizes: Iterable[float]) -> float:
     product, but holds no more detail than 1 x 1 x 6 mm.
     """
     return voxel_volume(max(float(s), 1.0) for s in voxel_sizes)
+
+
+def is_fine_enough(voxel_sizes: Iterable[float]) -> bool:
+    """Whether a scan is only resampled: it has next to nothing to gain at 1 mm."""
+    return max(voxel_sizes) <= FINE_ENOUGH
 
 
 @dataclass(frozen=True)

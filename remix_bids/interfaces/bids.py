@@ -21,6 +21,7 @@ from nipype.interfaces.base import (
 )
 
 from remix_bids.errors import InputImageError
+from remix_bids.experts.registry import NO_EXPERT
 
 SMALLEST_SIDE, LARGEST_SIDE = 0.2, 15.0  # mm, of a voxel
 SMALLEST_EXTENT, LARGEST_EXTENT = 40.0, 600.0  # mm, of the field of view
@@ -139,6 +140,13 @@ class ValidateT1w(SimpleInterface):
         return runtime
 
 
+CUBIC = "cubic B-spline, once, from the native grid"
+ESTIMATE = (
+    "a linear estimate from the native grid, given the nominal profile of the slices; the network "
+    "adds to it"
+)
+
+
 class _DescribeInputSpec(BaseInterfaceInputSpec):
     static = traits.Dict(Str, traits.Any, mandatory=True, desc="known before the run")
     skull_stripped = traits.Bool(mandatory=True)
@@ -197,6 +205,7 @@ class Describe(SimpleInterface):
             "Expert": given.expert,
             "ExpertSHA256": given.expert_sha256 if isdefined(given.expert_sha256) else None,
             "Device": given.device,
+            "Interpolation": CUBIC if given.expert == NO_EXPERT else ESTIMATE,
             "IntensityScaling": given.intensity_scaling,
             "ConsistencyStep": step,
             "Timings": timings or None,

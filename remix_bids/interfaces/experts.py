@@ -16,14 +16,12 @@ from nipype.interfaces.base import (
     traits,
 )
 
+from remix_bids.experts.registry import NO_EXPERT
 from remix_bids.interfaces.qc import load
 
 if TYPE_CHECKING:  # torch is imported by workers only
     from remix_bids.experts.registry import ExpertRecord
     from remix_bids.experts.unet import ResidualUNet
-
-NO_EXPERT = "none"
-FINE_ENOUGH = 1.05  # mm: with all sides at most this long there is nothing to gain at 1 mm
 
 
 class _SelectExpertInputSpec(BaseInterfaceInputSpec):
@@ -55,8 +53,10 @@ class SelectExpert(SimpleInterface):
         import nibabel as nb
 
         from remix_bids.experts.registry import (
+            FINE_ENOUGH,
             VOLUME_LIMIT,
             effective_voxel_volume,
+            is_fine_enough,
             load_registry,
             voxel_volume,
         )
@@ -73,7 +73,7 @@ class SelectExpert(SimpleInterface):
         )
         warnings = self._results["warnings"]
         asked = self.inputs.expert
-        if asked == "auto" and max(sides) <= FINE_ENOUGH:
+        if asked == "auto" and is_fine_enough(sides):
             self._results["expert"] = NO_EXPERT
             warnings.append(
                 f"Expert: all voxel sides are at most {FINE_ENOUGH} mm, so nothing is to be gained "

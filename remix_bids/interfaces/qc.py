@@ -16,6 +16,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
+from remix_bids.interfaces.bids import CUBIC
 from remix_bids.interfaces.resample import brain_on_working_grid, save_on_working_grid
 
 if TYPE_CHECKING:  # torch is imported by workers only
@@ -288,7 +289,7 @@ class DescribeNative(SimpleInterface):
         # Sizes are the person's own here, and the image refers to no template.
         for key in ("SpatialReference", "AffineDeterminant"):
             content.pop(key, None)
-        content["Interpolation"] += "; the network's residual by cubic B-spline"
+        content["Interpolation"] = f"{CUBIC}; what was added on the template's grid likewise"
         content["EnhancedFraction"] = round(self.inputs.enhanced_fraction, 4)
         path = Path(runtime.cwd) / "native.json"
         self._results["out_file"] = write_json(path, content)

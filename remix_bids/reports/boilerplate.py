@@ -10,7 +10,7 @@ from pathlib import Path
 from remix_bids import __version__
 from remix_bids.config import NATIVE, RunConfig
 from remix_bids.derivatives import write_text
-from remix_bids.experts.registry import load_registry
+from remix_bids.experts.registry import FINE_ENOUGH, load_registry
 from remix_bids.templates import NILEARN_SPACE
 
 _CITED = re.compile(r"@(\w+)")
@@ -59,7 +59,8 @@ def _registration(config: RunConfig) -> str:
         f"Each image was registered to {template} {cited} by an affine "
         f"transform with ANTs (antspyx {_version('antspyx')}) [@ants; @antsx], from several starts "
         f"(random seed {config.random_seed}), and brought to a grid of 181 x 217 x 181 voxels of "
-        "1 mm by one cubic B-spline interpolation."
+        "1 mm by a linear estimate (ordinary kriging along each axis, given the nominal profile of "
+        "the slices), which takes off part of their blur."
     )
 
 
@@ -80,9 +81,12 @@ def _network(config: RunConfig) -> str:
         own = " The networks were not those shipped with remix-bids."
     copy = ""
     if config.expert == "auto":
-        copy = " Images with all voxel sides up to 1.05 mm were resampled only."
+        copy = (
+            f" Images with all voxel sides up to {FINE_ENOUGH} mm were only resampled, by one "
+            "cubic B-spline interpolation."
+        )
     return (
-        f"For each image, {which} predicted what to add to the interpolated image, with PyTorch "
+        f"For each image, {which} predicted what to add to that estimate, with PyTorch "
         f"{_version('torch')} [@pytorch].{copy}{own} Intensities stayed those of the scanner."
     )
 

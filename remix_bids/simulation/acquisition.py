@@ -370,7 +370,8 @@ def from_header(grid: Grid, world: np.ndarray, thickness: float | None = None) -
     world : (4, 4) array
         Template world to scanner world (RAS+, mm): the forward affine of the registration.
     thickness : float, optional
-        Of the slices, mm (``SliceThickness``); the spacing where it is absent, zero or larger.
+        Of the slices, mm (``SliceThickness``); the spacing where it is absent, zero or larger, or
+        where two axes are equally coarse.
 
     Returns
     -------
@@ -380,7 +381,9 @@ def from_header(grid: Grid, world: np.ndarray, thickness: float | None = None) -
     sizes = grid.voxel_sizes
     widths = np.where(sizes < FINEST, (np.clip(sizes, 0.8, 1.2) + 1.25) / 2, sizes)
     axis = slice_axis(grid)
-    if thickness is not None and 0 < thickness < sizes[axis]:
+    # Where two axes are as coarse, nothing tells which of them the slices are stacked along.
+    alone = np.delete(sizes, axis).max() < 0.99 * sizes[axis]
+    if alone and thickness is not None and 0 < thickness < sizes[axis]:
         widths[axis] = thickness
     x, y, z = (float(w) for w in widths * WIDTH_FACTOR)
     return Acquisition(grid, np.array(world, dtype=float), (x, y, z), thickness=thickness)
@@ -393,6 +396,8 @@ def draw(
     k: int,
 ) -> Acquisition:
     """Draw a training acquisition of class ``k``: a real plane and field of view, drawn sizes.
+
+    Planes that a bank does not hold are left to those that it holds.
 
     Parameters
     ----------
@@ -409,7 +414,7 @@ def draw(
     own = [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
     if own and rng.random() < 0.3:
         return place(own[rng.integers(len(own))], person, rng)
-    candidates = [g for g in bank if g.plane == plane]
+    candidates = [g for g in bank if g.plane == plane] or list(bank)
     geometry = candidates[rng.integers(len(candidates))]
     return place(geometry, person, rng, shape=draw_shape(rng, k))
 

@@ -21,7 +21,6 @@ from remix_bids.workflows.anatomical import init_anat_remix_wf
 
 # Another version computes anew: Nipype does not see that code has changed.
 ROOT = f"remix_bids_{'_'.join(__version__.split('.')[:2])}_wf"
-INTERPOLATION = "cubic B-spline, once, from the native grid"
 
 
 def init_remix_wf(
@@ -132,7 +131,6 @@ def static_metadata(*, config: RunConfig, scan: Scan, template: Template) -> dic
         "SpatialReference": template.t1w.name,
         "SelectionRule": f"--expert {config.expert}" if chosen else rules[config.gate],
         "RandomSeed": config.random_seed,
-        "Interpolation": INTERPOLATION,
     }
 
 
