@@ -232,7 +232,8 @@ def lesions(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.restore import write_rows
 
     protocol, persons = _protocol_and_persons(args)
-    todo = cases(persons, protocol, args.classes, [args.noise])
+    once = protocol | {"geometries_per_person": 1}  # every one holds 16 lesions
+    todo = cases(persons, once, args.classes, [args.noise])
     _write_table(args, to_markdown(write_rows(args.output, run_cases(todo, args.experts_dir))))
 
 
