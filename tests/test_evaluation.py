@@ -274,7 +274,7 @@ def test_claims_hold_where_they_hold():
     assert {c.text.split(":")[0] for c in found if c.text.startswith("class")} >= {"class 4"}
     first = claims.claims([row | {"class": 1} for row in rows()])
     assert not [c for c in first if "linear and cubic" in c.text]
-    assert held(first, "class 1: PSNR not below cubic") == (f"{above['cubic']:+.2f} dB", True)
+    assert held(first, "class 1: PSNR not below cubic") == (f"{above['cubic']:+.3f} dB", True)
     noisy = claims.claims([row | {"noise": 0.02} for row in rows()])
     assert held(noisy, "in their mean by 1.0 dB")[1]
     # One person worse is enough.

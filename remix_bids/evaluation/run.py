@@ -254,26 +254,19 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         "affine": settings.affine,
         "setup": settings.digest,
     }
-    images = _restored(case, native, acquisition, grid, settings)
-    segmented = {
-        id(images[method])
-        for method in (*settings.protocol["segmented"], *settings.commands)
-        if settings.segmenter and case.number == 0 and not settings.tune
-    }
-    # What ships may be the very image of another method.
-    measured = {
-        id(image): _measure(
-            case.person,
-            image,
-            truth,
-            (mask, covered, outside),
-            grid,
-            settings,
-            id(image) in segmented,
-        )
-        for image in {id(image): image for image in images.values()}.values()
-    }
-    return [about | {"method": m} | measured[id(image)] for m, image in images.items()]
+    names = (*settings.protocol["segmented"], *settings.commands)
+    segmented = names if settings.segmenter and case.number == 0 and not settings.tune else ()
+    rows: list[dict] = []
+    measured: dict[
+        tuple[int, bool], dict
+    ] = {}  # what ships may be the very image of another method
+    for method, image in _restored(case, native, acquisition, grid, settings).items():
+        key = id(image), method in segmented
+        if key not in measured:
+            masks = mask, covered, outside
+            measured[key] = _measure(case.person, image, truth, masks, grid, settings, key[1])
+        rows.append(about | {"method": method} | measured[key])
+    return rows
 
 
 def _measure(
