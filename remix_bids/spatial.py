@@ -132,7 +132,7 @@ def _product(matrix: Tensor, image: Tensor, axis: int) -> Tensor:
 def _sample_linear(image: Tensor, index: Tensor) -> Tensor:
     """Trilinear samples of (x, y, z) at (3, ...) indices, edge values outside.
 
-    `torch.nn.functional.grid_sample` takes three times as long on a CPU.
+    `torch.nn.functional.grid_sample` is slower on a CPU (``benchmarks/resampling.py``).
     """
     first = torch.zeros_like(index[0], dtype=torch.int32)  # flat index of a voxel's lower corner
     between = []

@@ -1,20 +1,16 @@
 """The Boutiques descriptor says what the parser says."""
 
 import json
-import os
-import shutil
 import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
-
-import pytest
 
 from remix_bids.cli.boutiques import build_descriptor
 from remix_bids.cli.parser import build_parser
 
 DESCRIPTOR = resources.files("remix_bids.data").joinpath("boutiques.json")
-# Boutiques needs an environment of its own; where there is one, its bosh takes part.
-BOSH = os.environ.get("BOSH") or shutil.which("bosh")
+BOSH = Path(sys.executable).with_name("bosh")
 
 
 def test_descriptor_is_up_to_date():
@@ -29,7 +25,6 @@ def test_every_option_is_described():
     assert left_out == {"--help", "--version"}
 
 
-@pytest.mark.skipif(not BOSH, reason="boutiques is not installed (or name it: BOSH=/path/to/bosh)")
 def test_boutiques_accepts_it(tmp_path):
     def bosh(*args):
         done = subprocess.run([BOSH, *map(str, args)], capture_output=True, text=True, check=False)

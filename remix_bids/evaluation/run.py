@@ -59,9 +59,9 @@ from remix_bids.training.dataset import Person, crop_to_foreground
 
 BACK_PROJECTION, EXPERT = "back-projection", "expert"
 SHIPS = "expert + steps"
-"""What ships, named before the external test was read: what the app would write. The network that
-the gate chooses and the steps of consistency that validation gave it (``consistency_steps`` in
-``experts.toml``), none on noisy scans; where the gate chooses no expert, cubic interpolation."""
+"""What the app would write: the network that the gate chooses and the steps of consistency that
+validation gave it (``consistency_steps`` in ``experts.toml``), none on noisy scans; where the gate
+chooses no expert, cubic interpolation."""
 FOREGROUND = 0.05  # of bright tissue
 METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, GENERAL, EXPERT, SHIPS)
 
