@@ -86,8 +86,8 @@ class Augmentation:
     gamma: tuple[float, float] = (0.7, 1.4)
     bias: float = 0.5
     bias_range: float = 0.4
-    sharpness: float = 0.3
-    sharpness_range: tuple[float, float] = (-0.3, 0.5)  # of what a blur of 1 voxel takes away
+    sharpness: float = 0.5
+    sharpness_range: tuple[float, float] = (-0.8, 0.5)  # of what a blur of 1 voxel takes away
     noise: float = 0.5
     noise_range: float = 0.03  # standard deviation, in units of bright tissue
     lesions: float = 0.2

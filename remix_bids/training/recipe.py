@@ -26,7 +26,7 @@ from remix_bids.simulation.acquisition import CLASS_RANGES, load_bank
 from remix_bids.training import team
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
-from remix_bids.training.trainer import CHECKPOINT, Schedule, read_progress, train
+from remix_bids.training.trainer import Schedule, read_metadata, train
 
 LOGGER = logging.getLogger(__name__)
 EXPERTS = [str(k) for k in range(1, 8)]
@@ -104,10 +104,10 @@ def run_recipe(
         network = ResidualUNet(recipe["network"]["inputs"], tuple(recipe["network"]["widths"]))
         loss = None
         if "start" in settings:
-            start = output / settings["start"]
-            begin_with(network, load_file(str(start / "best.safetensors")))
+            start = output / settings["start"] / "best.safetensors"
+            begin_with(network, load_file(str(start)))
             if not settings.get("calibrate", False):
-                loss = RemixLoss(tuple(read_progress(start / CHECKPOINT)["factors"]))
+                loss = RemixLoss(tuple(read_metadata(start, "provenance")["loss_factors"]))
         own = {k: v for k, v in settings.items() if k not in ("start", "classes", "calibrate")}
         schedule = Schedule(workers=workers, **own)
         LOGGER.info("stage %s: %d steps, classes %s", stage, schedule.steps, weights)

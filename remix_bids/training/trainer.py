@@ -133,10 +133,10 @@ def save_network(network: ResidualUNet, path: Path, **provenance: object) -> Non
     os.replace(part, path)
 
 
-def read_progress(path: Path) -> dict[str, Any]:
-    """Step, loss factors and best validation of a checkpoint."""
+def read_metadata(path: Path, key: str) -> dict[str, Any]:
+    """``progress`` of a checkpoint, ``provenance`` of a network's weights."""
     with safe_open(str(path), framework="pt") as file:
-        return json.loads(file.metadata()["progress"])
+        return json.loads(file.metadata()[key])
 
 
 class State:
@@ -174,7 +174,7 @@ class State:
         os.replace(part, path)
 
     def load(self, path: Path) -> None:
-        progress = read_progress(path)
+        progress = read_metadata(path, "progress")
         tensors = load_file(str(path))
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -313,7 +313,13 @@ def train(
                 bar.set_postfix(gain=f"{gain:.2f} dB")
                 if gain > state.best:
                     state.best = gain
-                    save_network(state.average, best, step=state.step, validation_gain_db=gain)
+                    save_network(
+                        state.average,
+                        best,
+                        step=state.step,
+                        validation_gain_db=gain,
+                        loss_factors=state.loss.factors,
+                    )
                 state.save(checkpoint)
         bar.close()
     team.wait()  # the next stage begins with what the first process has written
