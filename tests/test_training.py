@@ -304,7 +304,7 @@ def test_training_resumes_to_the_step_and_repeats(tmp_path, monkeypatch):
     resumed = run(stopped, 20, 5)
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     with (stopped / "log.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["5", "10", "15", "20"]
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "5", "10", "15", "20"]
 
 
 class Twice(BlurredNoise):
@@ -354,5 +354,16 @@ def test_training_learns(tmp_path):
     run(tmp_path, 300, 100)
     with (tmp_path / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert float(rows[-1]["loss"]) < float(rows[1]["loss"])
     assert float(rows[-1]["validation_gain_db"]) > 0.1
+
+
+def test_a_stage_is_never_worse_than_what_it_begins_with(tmp_path):
+    run(tmp_path / "good", 300, 100)
+    good = load_file(str(tmp_path / "good" / "best.safetensors"))
+    network = ResidualUNet(widths=(4, 8, 8))
+    begin_with(network, good)
+    schedule = Schedule(steps=10, validate_every=5, rate=1.0, **SETTINGS)
+    train(network, BlurredNoise(), BlurredNoise(7), schedule, tmp_path / "bad", progress=False)
+    best = load_file(str(tmp_path / "bad" / "best.safetensors"))
+    assert all(torch.equal(best[key], good[key]) for key in good)

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -270,12 +270,28 @@ def train(
         stream = batches(simulator, schedule, state.step, where)
         LOGGER.info("loss factors %s", dict(zip(PARTS, state.loss.factors, strict=True)))
 
+    factors = state.loss.factors
     log = folder / "log.csv" if team.LEADS else Path(os.devnull)
-    fresh = not log.exists()
-    with log.open("a", newline="") as file:
+
+    with log.open("a" if state.step else "w", newline="") as file:
         writer = csv.writer(file)
-        if fresh:
+
+        def validate(rate: float, means: Sequence[float]) -> float:
+            """One row of the log; the average is kept if it is the best so far."""
+            gain = check(state.average, where)
+            numbers = [f"{v:.5f}" for v in means]
+            writer.writerow([state.step, f"{rate:.3g}", *numbers, f"{gain:.3f}"])
+            file.flush()
+            if gain > state.best:
+                state.best = gain
+                told = {"validation_gain_db": gain, "loss_factors": factors}
+                save_network(state.average, best, step=state.step, **told)
+            return gain
+
+        if state.step == 0:
             writer.writerow(["step", "rate", "loss", *PARTS, "validation_gain_db"])
+            if team.LEADS:  # what a stage begins with may be better than all that follows
+                validate(0.0, [math.nan] * (1 + len(PARTS)))
         recent: list[list[float]] = []
         quiet = not (progress and team.LEADS)
         bar = tqdm(total=schedule.steps, initial=state.step, desc=folder.name, disable=quiet)
@@ -303,23 +319,9 @@ def train(
             bar.update()
             due = state.step % schedule.validate_every == 0 or state.step == schedule.steps
             if due and team.LEADS:
-                gain = check(state.average, where)
-                means = np.mean(recent, axis=0)
+                gain = validate(rate, np.mean(recent, axis=0).tolist())
                 recent = []
-                writer.writerow(
-                    [state.step, f"{rate:.3g}", *(f"{v:.5f}" for v in means), f"{gain:.3f}"]
-                )
-                file.flush()
                 bar.set_postfix(gain=f"{gain:.2f} dB")
-                if gain > state.best:
-                    state.best = gain
-                    save_network(
-                        state.average,
-                        best,
-                        step=state.step,
-                        validation_gain_db=gain,
-                        loss_factors=state.loss.factors,
-                    )
                 state.save(checkpoint)
         bar.close()
     team.wait()  # the next stage begins with what the first process has written
