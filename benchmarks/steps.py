@@ -31,7 +31,6 @@ from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 MOST_STEPS = 4
 WIDTHS = (0.7, 0.8, estimate._SLICE, 1.0)  # of slices, relative to the nominal one
 SHIPPED = estimate._SLICE
-CLASSES = range(1, 8)
 
 
 def step(image: Tensor, native: Tensor, told: Acquisition, grid: Grid, noise: float) -> Tensor:
@@ -84,14 +83,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prepared", type=Path)
     parser.add_argument("--persons", type=int, default=2, help="brains of the validation split")
+    parser.add_argument("--classes", type=int, nargs="+", default=range(1, 8))
     parser.add_argument("--draws", type=int, default=2, help="acquisitions for each")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.005, 0.01, 0.02])
     parser.add_argument("--experts-dir", type=Path)
     given = parser.parse_args()
     for noise in given.noise:
-        columns = [list(cases(given, noise, k)) for k in CLASSES]
-        print(f"\nnoise {noise:.1%}\n\n| step | {' | '.join(map(str, CLASSES))} | mean |")
-        print("|" + " --- |" * (len(CLASSES) + 2))
+        columns = [list(cases(given, noise, k)) for k in given.classes]
+        print(f"\nnoise {noise:.1%}\n\n| step | {' | '.join(map(str, given.classes))} | mean |")
+        print("|" + " --- |" * (len(given.classes) + 2))
         for name in columns[0][0]:
             values = [float(np.mean([row[name] for row in rows])) for rows in columns]
             values.append(float(np.mean(values)))
