@@ -132,11 +132,11 @@ def test_help_needs_no_pipeline(name):
 
 
 def test_no_file_names_a_folder_of_a_machine():
-    done = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
+    if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
+    # Another owner of the folder, as in a container, is no reason to look away.
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     pattern = re.compile(r"(?<![\w.])/(?:work|home|root|mnt|opt|tmp)/\w")
     found = []
     for name in filter(None, done.stdout.split("\0")):
