@@ -24,7 +24,7 @@ from remix_bids.evaluation.metrics import (
 )
 from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.restore import read_rows, write_rows
-from remix_bids.evaluation.run import METHODS, Settings, evaluate, finished
+from remix_bids.evaluation.run import METHODS, Settings, evaluate, finished, joined
 from remix_bids.evaluation.table import SHIPS, best_iterations, bootstrap_interval, to_markdown
 from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
@@ -226,8 +226,9 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     todo = cases(people(2), often, [3], [0.0, 0.02])
     assert len({c.key for c in todo}) == len(todo) == 28
     rows = measured(todo)
-    settings = Settings(often)
+    settings = Settings(often, methods=("cubic", "expert"))
     assert finished(rows, todo, settings) == rows
+    assert finished(rows, todo, replace(settings, methods=METHODS)) == []  # the others lack
     # The last case was cut off; cases that nobody asks for now are left out.
     assert finished(rows[:-1], todo, settings) == rows[:-2]
     assert finished(rows, todo[1:], settings) == rows[2:]
@@ -238,6 +239,16 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     write_rows(tmp_path / "rows.tsv", [], rows)
     assert evaluate(todo, settings, tmp_path / "rows.tsv") == rows
     assert read_rows(tmp_path / "rows.tsv") == rows
+
+
+def test_runs_are_joined():
+    todo = cases(people(2), protocol(), [3], [0.0])
+    first, again = measured(todo), [row | {"dice": "0.9"} for row in measured(todo[:1])]
+    networks = [row for row in first if row["method"] == "expert"]
+    others = [row for row in first if row["method"] == "cubic"]
+    assert joined([others, networks]) == first
+    assert joined([first, again]) == [*again, *first[2:]]
+    assert joined([]) == []
 
 
 def test_rows_of_other_experts_are_not_mixed_in():

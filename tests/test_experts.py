@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from remix_bids.errors import InputImageError, MissingResourceError
 from remix_bids.experts.inference import enhance, load_expert, predict
@@ -69,6 +70,14 @@ def trained_by_chance():
     for layer in (network.out, network.scan[2]):
         torch.nn.init.normal_(layer.weight, std=0.05)
     return network
+
+
+def test_what_is_seen_in_a_mirror_is_restored_in_a_mirror():
+    network, inputs = trained_by_chance(), torch.rand(6, 13, 17, 9)
+    mirrored = predict(network, inputs.flip(1, 2, 3), SCAN[0]).flip(0, 1, 2)
+    assert torch.equal(predict(network, inputs, SCAN[0]), mirrored)
+    alone = network(F.pad(inputs, (0, 7, 0, 7, 0, 3))[None], SCAN[:1])[0, 0, :13, :17, :9]
+    assert not torch.allclose(alone, mirrored, atol=1e-4)  # one pass has its direction
 
 
 @pytest.mark.parametrize("other", [[1.0, 1.0, 6.0, 0.01], [1.0, 1.0, 4.0, 0.03]])

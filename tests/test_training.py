@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 
+from remix_bids.errors import UsageError
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
 from remix_bids.spatial import WORKING_GRID
@@ -37,8 +38,8 @@ from remix_bids.training.losses import (
     ssim_loss,
     ssim_map,
 )
-from remix_bids.training.recipe import begin_with, class_weights
-from remix_bids.training.trainer import Schedule, batches, forward_parts, train
+from remix_bids.training.recipe import begin_with, class_weights, loss_of
+from remix_bids.training.trainer import Schedule, batches, forward_parts, save_network, train
 
 from .test_spatial import smooth_image
 
@@ -356,6 +357,15 @@ def test_training_learns(tmp_path):
         rows = list(csv.DictReader(file))
     assert float(rows[-1]["loss"]) < float(rows[1]["loss"])
     assert float(rows[-1]["validation_gain_db"]) > 0.1
+
+
+def test_weights_tell_the_loss_of_the_next_stage(tmp_path):
+    network = ResidualUNet(widths=(4, 8, 8))
+    save_network(network, tmp_path / "new.safetensors", loss_factors=[1.0, 0.4, 0.1, 0.3])
+    assert loss_of(tmp_path / "new.safetensors").factors == (1.0, 0.4, 0.1, 0.3)
+    save_network(network, tmp_path / "old.safetensors", step=3)
+    with pytest.raises(UsageError, match="calibrate = true"):
+        loss_of(tmp_path / "old.safetensors")
 
 
 def test_a_stage_is_never_worse_than_what_it_begins_with(tmp_path):

@@ -142,13 +142,16 @@ def write_tables(rows: list[dict], path: Path) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Tables and plot of rows that `evaluate` has written, in one go or in several."""
-    from remix_bids.evaluation.restore import read_rows
+    from remix_bids.evaluation.restore import read_rows, write_rows
+    from remix_bids.evaluation.run import joined
 
-    rows = [row for path in args.rows for row in read_rows(path)]
+    rows = joined([read_rows(path) for path in args.rows])
     if not rows:
         raise UsageError(
             "there are no rows; name TSV files that remix-experts evaluate has written"
         )
+    if len(args.rows) > 1:
+        write_rows(args.output.with_suffix(".tsv"), [rows])
     write_tables(rows, args.output)
 
 
@@ -170,7 +173,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
     from remix_bids.evaluation.cases import cases
     from remix_bids.evaluation.external import parse_command
-    from remix_bids.evaluation.run import Settings
+    from remix_bids.evaluation.run import METHODS, Settings
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.table import best_iterations
     from remix_bids.registration.affine import Templates
@@ -188,6 +191,8 @@ def evaluate(args: argparse.Namespace) -> None:
     noise = protocol["noise"] if args.noise is None else args.noise
     todo = cases(persons[: args.persons], protocol, args.classes, noise)
     mask = args.prepared / "strip_mask.npy"
+    if unknown := set(args.methods or ()) - set(METHODS):
+        raise UsageError(f"--methods {', '.join(unknown)}: choose of {', '.join(METHODS)}")
     segmenter = args.segmenter_command or ("atropos" if args.dice else None)
     if args.template and segmenter:
         raise UsageError(
@@ -202,10 +207,14 @@ def evaluate(args: argparse.Namespace) -> None:
         segmenter=segmenter,
         labels=args.labels,
         templates=Templates(args.template, args.template_mask) if args.template else None,
+        methods=args.methods or METHODS,
     )
     rows = run(todo, settings, args.output, nprocs=args.nprocs)
     if args.tune:
         print(best_iterations(rows))
+        return
+    if args.methods:
+        print(f"{args.output}: join it with the other methods' rows (remix-experts table)")
         return
     write_tables(rows, args.output)
 
@@ -338,6 +347,12 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--persons", type=int, help="only so many")
     p.add_argument("--noise", type=float, nargs="+", help="default: the protocol's levels")
     p.add_argument("--geometries", type=int, help="per person and class; default: the protocol's")
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="only these, without tables: interpolation does not change with the experts",
+    )
     p.add_argument("--tune", action="store_true", help="find the iterations of back-projection")
     p.add_argument("--dice", action="store_true", help="segment with ANTs Atropos")
     p.add_argument(
@@ -370,8 +385,17 @@ def get_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=gates)
 
     p = commands.add_parser("table", help=table.__doc__)
-    p.add_argument("output", type=Path, help="without extension: .md and .svg are written")
-    p.add_argument("rows", type=Path, nargs="+", help="TSV files of `evaluate`")
+    p.add_argument(
+        "output",
+        type=Path,
+        help="without extension: .md and .svg are written, and .tsv if several are joined",
+    )
+    p.add_argument(
+        "rows",
+        type=Path,
+        nargs="+",
+        help="TSV files of `evaluate`; of a row that is in several, the last file's counts",
+    )
     p.set_defaults(run=table)
 
     p = commands.add_parser("simulate", help=simulate.__doc__)

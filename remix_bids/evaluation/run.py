@@ -6,9 +6,10 @@ import hashlib
 import json
 import multiprocessing
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import nibabel as nb
@@ -87,6 +88,8 @@ class Settings:
         BIDS derivatives with manual tissue classes.
     templates : Templates, optional
         Register every acquired image to these, as the app does; the true affine by default.
+    methods : sequence of str
+        Of `METHODS`, those that are run: without an expert, nothing changes with the experts.
     """
 
     protocol: dict
@@ -97,6 +100,7 @@ class Settings:
     segmenter: str | None = None
     labels: Path | None = None
     templates: Templates | None = None
+    methods: Sequence[str] = METHODS
 
     @property
     def affine(self) -> str:
@@ -117,8 +121,7 @@ def _restored(
     case: Case, native: Tensor, acquisition: Acquisition, grid: Grid, settings: Settings
 ) -> dict[str, Tensor]:
     """What every method makes of a native image."""
-    protocol = settings.protocol
-    how = protocol["back_projection"]
+    how, asked = settings.protocol["back_projection"], settings.methods
     noisy = "_noise" if case.noise else ""
     if settings.tune:
         start = interpolate(native, acquisition, grid, "cubic")
@@ -126,13 +129,20 @@ def _restored(
         return {"0": start} | {str(i): x for i, x in enumerate(iterates, 1)}
     registry = registry_of(settings.experts_dir)
     record = registry.select(acquisition.volume)
-    found = restore(native, acquisition, grid, [registry[GENERAL], record])
-    found[EXPERT] = found.pop(record.name)
+    networks = [registry[GENERAL]] if GENERAL in asked else []
+    if EXPERT in asked or SHIPS in asked:
+        networks.append(record)
+    found = restore(native, acquisition, grid, networks)
+    if record in networks:
+        found[EXPERT] = found.pop(record.name)
     found["linear"] = interpolate(native, acquisition, grid, "linear")
-    iterations = how[f"iterations{noisy}"][int(record.name) - 1]
-    iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, how["step"])
-    found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
-    if is_fine_enough(acquisition.grid.voxel_sizes):
+    if BACK_PROJECTION in asked:
+        iterations = how[f"iterations{noisy}"][int(record.name) - 1]
+        iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, how["step"])
+        found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
+    if SHIPS not in asked:
+        pass
+    elif is_fine_enough(acquisition.grid.voxel_sizes):
         found[SHIPS] = found[CUBIC]
     elif record.consistency_steps:
         # Back-projection is given the true profile, the experts only what header and sidecar tell.
@@ -147,7 +157,7 @@ def _restored(
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
-    return {name: found[name] for name in (*METHODS, *settings.commands)}
+    return {name: found[name] for name in (*METHODS, *settings.commands) if name in found}
 
 
 @lru_cache(maxsize=1)
@@ -326,6 +336,8 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
         """All methods, and Dice if it is asked for now."""
         if key not in wanted or len(own) < most:
             return False
+        if not settings.tune and not {*settings.methods} <= {row["method"] for row in own}:
+            return False
         segmented = settings.segmenter and wanted[key].number == 0 and not wanted[key].person.head
         return not segmented or any(row["dice"] for row in own)
 
@@ -335,6 +347,14 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
 def row_key(row: dict) -> tuple[str, ...]:
     """`Case.key` of a row of a TSV."""
     return row["person"], row["drawn"], row["number"], row["noise"]
+
+
+def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
+    """The rows of several runs, case by case; of one method on one case, the last run's counts."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in chain.from_iterable(tables):
+        cases.setdefault((*row_key(row), row["affine"]), {})[row["method"]] = row
+    return [row for methods in cases.values() for row in methods.values()]
 
 
 def evaluate(

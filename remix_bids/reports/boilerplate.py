@@ -86,7 +86,8 @@ def _network(config: RunConfig) -> str:
             "cubic B-spline interpolation."
         )
     return (
-        f"For each image, {which} predicted what to add to that estimate, with PyTorch "
+        f"For each image, {which} predicted what to add to that estimate (the mean of one pass "
+        "over it and one over its mirror image), with PyTorch "
         f"{_version('torch')} [@pytorch].{copy}{own} Intensities stayed those of the scanner."
     )
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from remix_bids.errors import UsageError
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import reference_output
 from remix_bids.experts.registry import GENERAL, ExpertRecord
@@ -49,6 +50,23 @@ def begin_with(network: ResidualUNet, weights: dict[str, Tensor]) -> None:
     lacking = network.state_dict()[first].shape[1] - weights[first].shape[1]
     weights[first] = F.pad(weights[first], (0, 0, 0, 0, 0, 0, 0, lacking))
     network.load_state_dict(weights)
+
+
+def loss_of(weights: Path) -> RemixLoss:
+    """The loss that weights were trained with, so that the next stage goes on with it.
+
+    Raises
+    ------
+    UsageError
+        If they do not tell: they were written before weights did.
+    """
+    factors = read_metadata(weights, "provenance").get("loss_factors")
+    if factors is None:
+        raise UsageError(
+            f"{weights} does not hold the factors of its loss; give the stage that starts from it "
+            "calibrate = true in the recipe"
+        )
+    return RemixLoss(tuple(factors))
 
 
 def run_recipe(
@@ -107,7 +125,7 @@ def run_recipe(
             start = output / settings["start"] / "best.safetensors"
             begin_with(network, load_file(str(start)))
             if not settings.get("calibrate", False):
-                loss = RemixLoss(tuple(read_metadata(start, "provenance")["loss_factors"]))
+                loss = loss_of(start)
         own = {k: v for k, v in settings.items() if k not in ("start", "classes", "calibrate")}
         schedule = Schedule(workers=workers, **own)
         LOGGER.info("stage %s: %d steps, classes %s", stage, schedule.steps, weights)
