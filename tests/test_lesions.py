@@ -193,6 +193,7 @@ def prepared(tmp_path):
             f"lower = {k - 0.5 if k > 1 else 0}\nupper = {k + 0.5 if k < 7 else 1e9}"
             for k in range(1, 8)
         )
+        + f'\n[expert.general]\nfile = "e.safetensors"\nsha256 = "{digest}"\nlower = 0\nupper = 1e9'
     )
     return folder, experts
 
@@ -224,3 +225,25 @@ def test_gates_end_to_end(prepared, tmp_path):
     assert set(rows) == {"none", "paper", "effective"}
     assert rows["paper"] == rows["effective"]  # both experts are the identity
     assert {line[header.index("method")] for line in lines} >= {CUBIC}
+
+
+@pytest.mark.slow
+def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
+    folder, experts = prepared
+
+    def run(name, *methods):
+        options = ["--classes", "4", "--geometries", "1", "--noise", "0", "--experts-dir", experts]
+        options += ["--methods", *methods] if methods else []
+        return main([str(a) for a in ("evaluate", folder, tmp_path / name, *options)])
+
+    assert run("plain.tsv", "linear", CUBIC, "estimate", "back-projection") == 0
+    assert run("networks.tsv", "general", "expert", "expert + steps") == 0
+    assert run("whole.tsv") == 0
+    assert not (tmp_path / "plain.md").exists()
+    parts = [str(tmp_path / "plain.tsv"), str(tmp_path / "networks.tsv")]
+    assert main(["table", str(tmp_path / "joined"), *parts]) == 0
+    for kind in ("tsv", "md"):
+        joined, whole = (tmp_path / f"{name}.{kind}" for name in ("joined", "whole"))
+        assert joined.read_text() == whole.read_text()
+    assert run("none.tsv", "magic") == 2
+    assert "magic: choose from linear, cubic" in capsys.readouterr().err

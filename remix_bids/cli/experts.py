@@ -179,6 +179,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.registration.affine import Templates
     from remix_bids.training.dataset import load_persons
 
+    if unknown := set(args.methods or ()) - set(METHODS):
+        raise UsageError(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}")
     shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
     protocol = tomllib.loads((args.protocol or shipped).read_text())
     if args.geometries:
@@ -191,8 +193,6 @@ def evaluate(args: argparse.Namespace) -> None:
     noise = protocol["noise"] if args.noise is None else args.noise
     todo = cases(persons[: args.persons], protocol, args.classes, noise)
     mask = args.prepared / "strip_mask.npy"
-    if unknown := set(args.methods or ()) - set(METHODS):
-        raise UsageError(f"--methods {', '.join(unknown)}: choose of {', '.join(METHODS)}")
     segmenter = args.segmenter_command or ("atropos" if args.dice else None)
     if args.template and segmenter:
         raise UsageError(
