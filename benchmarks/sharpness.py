@@ -18,7 +18,8 @@ import numpy as np
 from remix_bids.evaluation.metrics import eroded, psnr
 from remix_bids.evaluation.restore import CUBIC, registry_of, restore, see
 from remix_bids.experts.registry import Registry
-from remix_bids.simulation.acquisition import draw, load_bank
+from remix_bids.simulation.acquisition import draw, load_bank, to_working_grid
+from remix_bids.spatial import coverage
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons, sharpened
 
 AMOUNTS = (-0.8, -0.4, 0.0, 0.4)  # of what a blur of one voxel takes away
@@ -36,7 +37,8 @@ def gains(
         crop, grid = crop_to_foreground(truth, 64)
         native, truth = see(truth, acquisition, noise, seed), truth[crop]
         made = restore(native, acquisition, grid, [experts[str(klass)]])
-        mask = eroded(truth > 0.05, 2)
+        seen = coverage(to_working_grid(acquisition), native.shape, person.image.shape)
+        mask = eroded((truth > 0.05) & seen[crop], 2)
         found.append(psnr(made[str(klass)], truth, mask) - psnr(made[CUBIC], truth, mask))
     return found
 

@@ -16,7 +16,7 @@ from remix_bids.workflows.run import read_plugin_file
 from tests.bids_skeletons import make_dataset
 
 ROOT = Path(__file__).parents[1]
-if not (ROOT / "Dockerfile").exists():
+if not (ROOT / "setup.cfg").exists():
     pytest.skip("not a checkout", allow_module_level=True)
 
 
