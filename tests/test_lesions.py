@@ -239,6 +239,8 @@ def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
     assert run("plain.tsv", "linear", CUBIC, "estimate", "back-projection") == 0
     assert run("networks.tsv", "general", "expert", "expert + steps") == 0
     assert run("whole.tsv") == 0
+    counts = [len((tmp_path / f"{n}.tsv").read_text().splitlines()) for n in ("plain", "networks")]
+    assert counts == [1 + 4, 1 + 3]
     assert not (tmp_path / "plain.md").exists()
     parts = [str(tmp_path / "plain.tsv"), str(tmp_path / "networks.tsv")]
     assert main(["table", str(tmp_path / "joined"), *parts]) == 0

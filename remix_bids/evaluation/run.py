@@ -121,7 +121,7 @@ def _restored(
     case: Case, native: Tensor, acquisition: Acquisition, grid: Grid, settings: Settings
 ) -> dict[str, Tensor]:
     """What every method makes of a native image."""
-    how, asked = settings.protocol["back_projection"], settings.methods
+    how, asked = settings.protocol["back_projection"], {*settings.methods, *settings.commands}
     noisy = "_noise" if case.noise else ""
     if settings.tune:
         start = interpolate(native, acquisition, grid, "cubic")
@@ -157,7 +157,7 @@ def _restored(
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
-    return {name: found[name] for name in (*METHODS, *settings.commands) if name in found}
+    return {name: found[name] for name in (*METHODS, *settings.commands) if name in asked}
 
 
 @lru_cache(maxsize=1)
