@@ -249,6 +249,8 @@ def test_runs_are_joined():
     assert joined([others, networks]) == first
     assert joined([first, again]) == [*again, *first[2:]]
     assert joined([]) == []
+    with pytest.raises(UsageError, match="11 of 12 cases lack methods that others have, the first"):
+        joined([others, networks[:1]])
 
 
 def test_rows_of_other_experts_are_not_mixed_in():

@@ -350,10 +350,25 @@ def row_key(row: dict) -> tuple[str, ...]:
 
 
 def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
-    """The rows of several runs, case by case; of one method on one case, the last run's counts."""
+    """The rows of several runs, case by case; of one method on one case, the last run's counts.
+
+    Raises
+    ------
+    UsageError
+        If some cases lack a method that others have: a mean over what is there would mislead.
+    """
     cases: dict[tuple, dict[str, dict]] = {}
     for row in chain.from_iterable(tables):
         cases.setdefault((*row_key(row), row["affine"]), {})[row["method"]] = row
+    most = {method for methods in cases.values() for method in methods}
+    lacking = {key: most - {*methods} for key, methods in cases.items() if len(methods) < len(most)}
+    if lacking:
+        (person, drawn, number, noise, _), names = next(iter(lacking.items()))
+        raise UsageError(
+            f"{len(lacking)} of {len(cases)} cases lack methods that others have, the first "
+            f"{', '.join(sorted(names))} for {person}, class {drawn}, geometry {number}, noise "
+            f"{noise}: run evaluate for them, too"
+        )
     return [row for methods in cases.values() for row in methods.values()]
 
 
