@@ -215,7 +215,9 @@ def measured(todo, digest=None):
     digest = digest or Settings(protocol()).digest
     return [
         {"person": c.person.name, "drawn": str(c.drawn), "number": str(c.number),
-         "noise": str(c.noise), "affine": "true", "setup": digest, "method": method, "dice": ""}
+         "noise": str(c.noise), "affine": "true", "setup": digest, "method": method, "dice": "",
+         "class": "3", "kind": c.kind, "voxel_sizes": "1.00 x 1.00 x 3.00", "volume": "3.0",
+         "profile": "box"}
         for c in todo
         for method in ("cubic", "expert")
     ]  # fmt: skip
@@ -228,7 +230,10 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     rows = measured(todo)
     settings = Settings(often, methods=("cubic", "expert"))
     assert finished(rows, todo, settings) == rows
-    assert finished(rows, todo, replace(settings, methods=METHODS)) == []  # the others lack
+    with pytest.raises(UsageError, match="other methods"):
+        finished(rows, todo, replace(settings, methods=METHODS))
+    with pytest.raises(UsageError, match="other methods"):
+        finished(rows, todo, replace(settings, methods=("cubic",)))
     # The last case was cut off; cases that nobody asks for now are left out.
     assert finished(rows[:-1], todo, settings) == rows[:-2]
     assert finished(rows, todo[1:], settings) == rows[2:]
@@ -247,10 +252,22 @@ def test_runs_are_joined():
     networks = [row for row in first if row["method"] == "expert"]
     others = [row for row in first if row["method"] == "cubic"]
     assert joined([others, networks]) == first
-    assert joined([first, again]) == [*again, *first[2:]]
+    assert joined([first, again]) == joined([again, first]) == [*again, *first[2:]]
     assert joined([]) == []
+
+
+def test_rows_that_do_not_belong_together_are_not_joined():
+    todo = cases(people(2), protocol(), [3], [0.0])
+    rows = measured(todo)
+    networks = [row for row in rows if row["method"] == "expert"]
+    others = [row for row in rows if row["method"] == "cubic"]
     with pytest.raises(UsageError, match="11 of 12 cases lack methods that others have, the first"):
         joined([others, networks[:1]])
+    with pytest.raises(UsageError, match="several sets of experts"):
+        joined([rows, [row | {"setup": "0123abcd"} for row in networks[:3]]])
+    assert joined([[row | {"setup": "0123abcd"} for row in others], networks])  # no network there
+    with pytest.raises(UsageError, match=r"p0, class 3, geometry 0, .* not the same scan"):
+        joined([rows, [others[0] | {"volume": "3.1"}]])
 
 
 def test_rows_of_other_experts_are_not_mixed_in():

@@ -19,7 +19,7 @@ from remix_bids.evaluation.lesions import (
     kept,
     place_lesions,
 )
-from remix_bids.evaluation.restore import CUBIC, write_rows
+from remix_bids.evaluation.restore import CUBIC, read_rows, write_rows
 from remix_bids.experts.registry import load_registry
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
@@ -173,6 +173,30 @@ def test_a_folder_without_the_persons_is_told(command, tmp_path, capsys):
     assert not (tmp_path / "out.tsv").exists()
 
 
+def write_experts(folder, expert, general, steps=0):
+    """A folder of seven equal experts and a general network."""
+    folder.mkdir()
+    lines = []
+    for name, network in [(str(k), expert) for k in range(1, 8)] + [("general", general)]:
+        file = folder / f"{name}.safetensors"
+        save_network(network, file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        low, high = (0, 1e9) if name == "general" else (int(name) - 0.5, int(name) + 0.5)
+        lines += [f"[expert.{name}]", f'file = "{file.name}"', f'sha256 = "{digest}"']
+        lines += [f"lower = {0 if name == '1' else low}", f"upper = {1e9 if name == '7' else high}"]
+        lines += [f"consistency_steps = {steps}"]
+    (folder / "experts.toml").write_text("\n".join(lines))
+    return folder
+
+
+def by_chance(seed):
+    """A network that adds something."""
+    torch.manual_seed(seed)
+    network = ResidualUNet(widths=(4, 8, 8))
+    torch.nn.init.normal_(network.out.weight, std=0.01)
+    return network
+
+
 @pytest.fixture
 def prepared(tmp_path):
     """One person made of a ball, and untrained experts, which give back the linear estimate."""
@@ -183,19 +207,8 @@ def prepared(tmp_path):
         '{"persons": [{"name": "p", "file": "p.npy", "split": "held_out", "head": false, '
         '"voxel_sizes": [1, 1, 1], "world": [[1,0,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1]]}]}'
     )
-    experts = tmp_path / "experts"
-    experts.mkdir()
-    save_network(ResidualUNet(widths=(4, 8, 8)), experts / "e.safetensors")
-    digest = hashlib.sha256((experts / "e.safetensors").read_bytes()).hexdigest()
-    (experts / "experts.toml").write_text(
-        "\n".join(
-            f'[expert.{k}]\nfile = "e.safetensors"\nsha256 = "{digest}"\n'
-            f"lower = {k - 0.5 if k > 1 else 0}\nupper = {k + 0.5 if k < 7 else 1e9}"
-            for k in range(1, 8)
-        )
-        + f'\n[expert.general]\nfile = "e.safetensors"\nsha256 = "{digest}"\nlower = 0\nupper = 1e9'
-    )
-    return folder, experts
+    untrained = ResidualUNet(widths=(4, 8, 8))
+    return folder, write_experts(tmp_path / "experts", untrained, untrained)
 
 
 @pytest.mark.slow
@@ -229,7 +242,8 @@ def test_gates_end_to_end(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
-    folder, experts = prepared
+    folder, _ = prepared
+    experts = write_experts(tmp_path / "other", by_chance(1), by_chance(2), steps=1)
 
     def run(name, *methods):
         options = ["--classes", "4", "--geometries", "1", "--noise", "0", "--experts-dir", experts]
@@ -239,13 +253,22 @@ def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
     assert run("plain.tsv", "linear", CUBIC, "estimate", "back-projection") == 0
     assert run("networks.tsv", "general", "expert", "expert + steps") == 0
     assert run("whole.tsv") == 0
-    counts = [len((tmp_path / f"{n}.tsv").read_text().splitlines()) for n in ("plain", "networks")]
-    assert counts == [1 + 4, 1 + 3]
+    assert run("ships.tsv", "expert + steps") == 0
+    found = {n: read_rows(tmp_path / f"{n}.tsv") for n in ("plain", "networks", "whole", "ships")}
+    assert [len(rows) for rows in found.values()] == [4, 3, 7, 1]
+    assert len({row["psnr"] for row in found["whole"]}) == 7  # no method stands in for another
+    assert found["ships"] == found["whole"][-1:]
     assert not (tmp_path / "plain.md").exists()
     parts = [str(tmp_path / "plain.tsv"), str(tmp_path / "networks.tsv")]
     assert main(["table", str(tmp_path / "joined"), *parts]) == 0
     for kind in ("tsv", "md"):
         joined, whole = (tmp_path / f"{name}.{kind}" for name in ("joined", "whole"))
         assert joined.read_text() == whole.read_text()
+    assert run("whole.tsv", "expert") == 2
+    assert "rows of other methods" in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "one"), parts[1]]) == 2
+    assert "no row of linear, cubic" in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "plain"), *parts]) == 2
+    assert "name another output" in capsys.readouterr().err
     assert run("none.tsv", "magic") == 2
     assert "magic: choose from linear, cubic" in capsys.readouterr().err

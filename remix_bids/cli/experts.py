@@ -143,16 +143,25 @@ def write_tables(rows: list[dict], path: Path) -> None:
 def table(args: argparse.Namespace) -> None:
     """Tables and plot of rows that `evaluate` has written, in one go or in several."""
     from remix_bids.evaluation.restore import read_rows, write_rows
-    from remix_bids.evaluation.run import joined
+    from remix_bids.evaluation.run import METHODS, joined
 
-    rows = joined([read_rows(path) for path in args.rows])
+    tables, target = [read_rows(path) for path in args.rows], args.output.with_suffix(".tsv")
+    try:
+        rows = tables[0] if len(tables) == 1 else joined(tables)
+    except KeyError as error:
+        raise UsageError(f"a file lacks the column {error}: evaluate writes it") from error
     if not rows:
         raise UsageError(
             "there are no rows; name TSV files that remix-experts evaluate has written"
         )
-    if len(args.rows) > 1:
-        write_rows(args.output.with_suffix(".tsv"), [rows])
+    methods = {row["method"] for row in rows}
+    if lacking := [method for method in METHODS if method not in methods]:
+        raise UsageError(f"no row of {', '.join(lacking)}: name the file that holds them, too")
+    if len(tables) > 1 and target.resolve() in [path.resolve() for path in args.rows]:
+        raise UsageError(f"{target} is one of the files to be joined: name another output")
     write_tables(rows, args.output)
+    if len(tables) > 1:
+        write_rows(target, [rows])
 
 
 def _named_commands(options: list[str]) -> dict[str, str]:
@@ -180,7 +189,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.training.dataset import load_persons
 
     if unknown := set(args.methods or ()) - set(METHODS):
-        raise UsageError(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}")
+        names = ", ".join(sorted(unknown))
+        raise UsageError(f"--methods {names}: choose from {', '.join(METHODS)}")
+    if args.methods and args.tune:
+        raise UsageError("--tune measures back-projection only: leave out --methods")
     shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
     protocol = tomllib.loads((args.protocol or shipped).read_text())
     if args.geometries:
@@ -351,7 +363,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="only these, without tables: interpolation does not change with the experts",
+        help="measure only these of linear, cubic, estimate, back-projection, general, expert, "
+        "'expert + steps'; no tables, `table` joins the rows with those of other runs",
     )
     p.add_argument("--tune", action="store_true", help="find the iterations of back-projection")
     p.add_argument("--dice", action="store_true", help="segment with ANTs Atropos")
@@ -394,7 +407,7 @@ def get_parser() -> argparse.ArgumentParser:
         "rows",
         type=Path,
         nargs="+",
-        help="TSV files of `evaluate`; of a row that is in several, the last file's counts",
+        help="TSV files of `evaluate`; of a row in several, the last file's counts",
     )
     p.set_defaults(run=table)
 

@@ -61,10 +61,13 @@ from remix_bids.training.dataset import Person, crop_to_foreground
 BACK_PROJECTION, EXPERT = "back-projection", "expert"
 SHIPS = "expert + steps"
 """What the app would write: the network that the gate chooses and the steps of consistency that
-validation gave it (``consistency_steps`` in ``experts.toml``), none on noisy scans; where the gate
+its table gives it (``consistency_steps`` in ``experts.toml``), none on noisy scans; where the gate
 chooses no expert, cubic interpolation."""
 FOREGROUND = 0.05  # of bright tissue
-METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, GENERAL, EXPERT, SHIPS)
+NETWORKS = (GENERAL, EXPERT, SHIPS)
+METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, *NETWORKS)
+SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
+"""What a row tells of the scan."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Settings:
     templates : Templates, optional
         Register every acquired image to these, as the app does; the true affine by default.
     methods : sequence of str
-        Of `METHODS`, those that are run: without an expert, nothing changes with the experts.
+        Of `METHODS`, those that are measured. Rows of all but `NETWORKS` do not depend on experts.
     """
 
     protocol: dict
@@ -318,7 +321,8 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     Raises
     ------
     UsageError
-        If they were measured with other experts, another protocol, or the other affine.
+        If they were measured with other experts, another protocol, the other affine, or of other
+        methods.
     """
     now = (settings.digest, settings.affine)
     if any((row.get("setup"), row["affine"]) != now for row in rows):
@@ -329,16 +333,22 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         found.setdefault(row_key(row), []).append(row)
+    asked = {*settings.methods, *settings.commands}
+    methods = {row["method"] for row in rows}
+    if not settings.tune and (methods - asked or (len(found) > 1 and methods != asked)):
+        raise UsageError(
+            f"the output holds rows of other methods ({', '.join(sorted(methods ^ asked))}); name "
+            "another file, and join the two by remix-experts table"
+        )
     most = max(map(len, found.values()), default=0)
     wanted = {case.key: case for case in cases}
+    dice = settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}
 
     def whole(key: tuple, own: Sequence[dict]) -> bool:
         """All methods, and Dice if it is asked for now."""
-        if key not in wanted or len(own) < most:
+        if key not in wanted or len(own) < (most if settings.tune else len(asked)):
             return False
-        if not settings.tune and not {*settings.methods} <= {row["method"] for row in own}:
-            return False
-        segmented = settings.segmenter and wanted[key].number == 0 and not wanted[key].person.head
+        segmented = dice and wanted[key].number == 0 and not wanted[key].person.head
         return not segmented or any(row["dice"] for row in own)
 
     return [row for key, own in found.items() if whole(key, own) for row in own]
@@ -352,24 +362,41 @@ def row_key(row: dict) -> tuple[str, ...]:
 def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     """The rows of several runs, case by case; of one method on one case, the last run's counts.
 
+    Dice stays where a later run of the same setup did not look for it.
+
     Raises
     ------
     UsageError
-        If some cases lack a method that others have: a mean over what is there would mislead.
+        If networks of several sets of experts are among them, a case is not the same scan in all
+        runs, or cases lack a method that others have: a mean over such rows would mislead.
     """
     cases: dict[tuple, dict[str, dict]] = {}
     for row in chain.from_iterable(tables):
-        cases.setdefault((*row_key(row), row["affine"]), {})[row["method"]] = row
-    most = {method for methods in cases.values() for method in methods}
+        case = cases.setdefault((*row_key(row), row["affine"]), {})
+        before = case.get(row["method"], {})
+        if before.get("setup") == row["setup"]:
+            row = before | {key: value for key, value in row.items() if value != ""}
+        case[row["method"]] = row
+    rows = [row for methods in cases.values() for row in methods.values()]
+    if len({row["setup"] for row in rows if row["method"] in NETWORKS}) > 1:
+        raise UsageError("the networks' rows are of several sets of experts, or of two protocols")
+    for key, methods in cases.items():
+        if len({tuple(row[name] for name in SCAN) for row in methods.values()}) > 1:
+            raise UsageError(f"{_told(key)} is not the same scan in all files: another protocol?")
+    most = {row["method"] for row in rows}
     lacking = {key: most - {*methods} for key, methods in cases.items() if len(methods) < len(most)}
     if lacking:
-        (person, drawn, number, noise, _), names = next(iter(lacking.items()))
+        key, names = next(iter(lacking.items()))
         raise UsageError(
             f"{len(lacking)} of {len(cases)} cases lack methods that others have, the first "
-            f"{', '.join(sorted(names))} for {person}, class {drawn}, geometry {number}, noise "
-            f"{noise}: run evaluate for them, too"
+            f"{', '.join(sorted(names))} for {_told(key)}: run evaluate for them, too"
         )
-    return [row for methods in cases.values() for row in methods.values()]
+    return rows
+
+
+def _told(key: tuple[str, ...]) -> str:
+    person, drawn, number, noise = key[:4]
+    return f"{person}, class {drawn}, geometry {number}, noise {noise}"
 
 
 def evaluate(
