@@ -99,12 +99,12 @@ def predict(network: ResidualUNet, inputs: Tensor, scan: Tensor) -> Tensor:
     shape = inputs.shape[1:]
     pad = [(-n) % network.multiple for n in shape]
 
-    def one_pass(volume: Tensor) -> Tensor:
-        padded = F.pad(volume, (0, pad[2], 0, pad[1], 0, pad[0]))[None]
-        return network(padded, scan[None])[0, 0, : shape[0], : shape[1], : shape[2]]
+    def one_pass(*axes: int) -> Tensor:
+        padded = F.pad(inputs.flip(axes), (0, pad[2], 0, pad[1], 0, pad[0]))[None]
+        output = network(padded, scan[None])[0, 0, : shape[0], : shape[1], : shape[2]]
+        return output.flip([axis - 1 for axis in axes])
 
-    mirrored = one_pass(inputs.flip(1, 2, 3)).flip(0, 1, 2)
-    return (one_pass(inputs) + mirrored) / 2
+    return (one_pass() + one_pass(1, 2, 3)) / 2
 
 
 def enhance(
