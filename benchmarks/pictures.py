@@ -78,7 +78,10 @@ def main() -> None:
         if given.subjects and stem.split("_")[0].removeprefix("sub-") not in given.subjects:
             continue
         folder = (given.derivatives / source.relative_to(given.bids)).parent
-        made = next(folder.glob(f"{stem}_space-MNI*_desc-remix_T1w.nii.gz"))
+        made = next(folder.glob(f"{stem}_space-MNI*_desc-remix_T1w.nii.gz"), None)
+        if made is None:
+            print(f"{stem}: no output in {folder}")
+            continue
         transform = next(folder.glob(f"{stem}_from-T1w_to-MNI*_mode-image_xfm.*"))
         panels, axis = restored(source, transform)
         panels["expert"] = np.asanyarray(nb.load(made).dataobj, dtype=np.float32)
