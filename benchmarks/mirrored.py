@@ -1,4 +1,4 @@
-"""What is gained by the mean over mirrored inputs, by class: two as shipped, and all eight.
+"""What is gained by the mean over mirrored inputs, by class: of one pass, two, and all eight.
 
     python benchmarks/mirrored.py PREPARED
 

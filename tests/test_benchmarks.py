@@ -31,3 +31,5 @@ def test_an_expert_counted_by_hand(network):
     adds += 27 * eighth * (b * c + c * c) + eighth * b * c
     adds += 4 * 32 + 32 * 2 * (a + b + c + b + a)  # what the scan's numbers change
     assert network.gigaflops((a, b, c), inputs, (20, 30, 16)) == pytest.approx(2 * adds / 1e9)
+    image = network.gigaflops((a, b, c), inputs, (20, 30, 16), image=True)
+    assert image == pytest.approx(2 * 2 * adds / 1e9)  # two passes
