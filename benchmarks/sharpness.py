@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from remix_bids.evaluation.metrics import eroded, psnr
-from remix_bids.evaluation.restore import CUBIC, registry_of, restore, see
+from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.settings import CUBIC
 from remix_bids.experts.registry import Registry
 from remix_bids.simulation.acquisition import draw, load_bank, to_working_grid
 from remix_bids.spatial import coverage

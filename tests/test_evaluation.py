@@ -23,8 +23,9 @@ from remix_bids.evaluation.metrics import (
     ssim,
 )
 from remix_bids.evaluation.plot import plot
-from remix_bids.evaluation.restore import read_rows, write_rows
-from remix_bids.evaluation.run import METHODS, Settings, evaluate, finished, joined
+from remix_bids.evaluation.rows import finished, joined, read_rows, write_rows
+from remix_bids.evaluation.run import evaluate
+from remix_bids.evaluation.settings import METHODS, Settings
 from remix_bids.evaluation.table import SHIPS, best_iterations, bootstrap_interval, to_markdown
 from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank

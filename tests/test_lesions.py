@@ -19,7 +19,8 @@ from remix_bids.evaluation.lesions import (
     kept,
     place_lesions,
 )
-from remix_bids.evaluation.restore import CUBIC, read_rows, write_rows
+from remix_bids.evaluation.rows import read_rows, write_rows
+from remix_bids.evaluation.settings import CUBIC
 from remix_bids.experts.registry import load_registry
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank

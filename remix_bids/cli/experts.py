@@ -142,8 +142,8 @@ def write_tables(rows: list[dict], path: Path) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Tables and plot of rows that `evaluate` has written, in one go or in several."""
-    from remix_bids.evaluation.restore import read_rows, write_rows
-    from remix_bids.evaluation.run import METHODS, joined
+    from remix_bids.evaluation.rows import joined, read_rows, write_rows
+    from remix_bids.evaluation.settings import METHODS
 
     tables, target = [read_rows(path) for path in args.rows], args.output.with_suffix(".tsv")
     try:
@@ -182,8 +182,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
     from remix_bids.evaluation.cases import cases
     from remix_bids.evaluation.external import parse_command
-    from remix_bids.evaluation.run import METHODS, Settings
     from remix_bids.evaluation.run import evaluate as run
+    from remix_bids.evaluation.settings import METHODS, Settings
     from remix_bids.evaluation.table import best_iterations
     from remix_bids.registration.affine import Templates
     from remix_bids.training.dataset import load_persons
@@ -250,7 +250,7 @@ def lesions(args: argparse.Namespace) -> None:
     """Measure what is left of lesions of known size and contrast."""
     from remix_bids.evaluation.cases import cases
     from remix_bids.evaluation.lesions import run_cases, to_markdown
-    from remix_bids.evaluation.restore import write_rows
+    from remix_bids.evaluation.rows import write_rows
 
     protocol, persons = _protocol_and_persons(args)
     once = protocol | {"geometries_per_person": 1}  # every one holds 16 lesions
@@ -261,7 +261,7 @@ def lesions(args: argparse.Namespace) -> None:
 def gates(args: argparse.Namespace) -> None:
     """Compare the two gates on the real geometries of the bank where they differ."""
     from remix_bids.evaluation.gates import run_gates, to_markdown
-    from remix_bids.evaluation.restore import write_rows
+    from remix_bids.evaluation.rows import write_rows
 
     protocol, persons = _protocol_and_persons(args)
     batches = run_gates(

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from remix_bids.evaluation.run import EXPERT, SHIPS
+from remix_bids.evaluation.settings import EXPERT, SHIPS
 from remix_bids.evaluation.table import (
     bootstrap_interval,
     by_person,

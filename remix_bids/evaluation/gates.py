@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from remix_bids.evaluation.metrics import correlation, eroded, psnr
-from remix_bids.evaluation.restore import CUBIC, registry_of, restore, see
+from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.settings import CUBIC
 from remix_bids.evaluation.table import bootstrap_interval, by_person
 from remix_bids.experts.registry import Registry, effective_voxel_volume, voxel_volume
 from remix_bids.simulation.acquisition import Geometry, load_bank, place, to_working_grid

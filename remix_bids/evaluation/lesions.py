@@ -20,7 +20,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from remix_bids.evaluation.cases import Case
-from remix_bids.evaluation.restore import CUBIC, ESTIMATE, registry_of, restore, see
+from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.settings import CUBIC, ESTIMATE
 from remix_bids.evaluation.table import by_person
 from remix_bids.simulation.acquisition import slice_axis, to_working_grid
 from remix_bids.spatial import coverage

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from remix_bids.evaluation.methods import interpolate, run_expert
+from remix_bids.evaluation.settings import CUBIC, ESTIMATE
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.registry import ExpertRecord, Registry, load_registry
 from remix_bids.experts.unet import ResidualUNet
@@ -20,8 +19,6 @@ from remix_bids.simulation.acquisition import Acquisition, from_header
 from remix_bids.simulation.degrade import acquire, add_rician_noise
 from remix_bids.simulation.estimate import linear_estimate
 from remix_bids.spatial import Grid
-
-CUBIC, ESTIMATE = "cubic", "estimate"
 
 
 @lru_cache(maxsize=8)
@@ -78,31 +75,3 @@ def restore(
     for record in records:
         results[record.name] = run_expert(estimate, record, _network(record))
     return results
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a TSV, as strings."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
-
-
-def write_rows(
-    path: Path, batches: Iterable[Sequence[dict]], kept: Sequence[dict] = ()
-) -> list[dict]:
-    """Write rows to a TSV as they come, so that a stopped run leaves what it has; return all.
-
-    ``kept``: rows that come first.
-    """
-    rows: list[dict] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer: csv.DictWriter | None = None
-        for batch in chain([kept], batches):
-            if writer is None and batch:
-                writer = csv.DictWriter(file, batch[0], delimiter="\t", lineterminator="\n")
-                writer.writeheader()
-            if writer is not None:
-                writer.writerows(batch)
-            file.flush()
-            rows += batch
-    return rows

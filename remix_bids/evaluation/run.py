@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nb
@@ -17,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.errors import UsageError
 from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.external import run_command
 from remix_bids.evaluation.methods import back_project, interpolate
@@ -31,15 +27,8 @@ from remix_bids.evaluation.metrics import (
     ssim,
 )
 from remix_bids.evaluation.registered import as_registered
-from remix_bids.evaluation.restore import (
-    CUBIC,
-    ESTIMATE,
-    read_rows,
-    registry_of,
-    restore,
-    see,
-    write_rows,
-)
+from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.rows import finished, read_rows, row_key, write_rows
 from remix_bids.evaluation.segmenters import (
     Segmenter,
     atropos,
@@ -49,8 +38,8 @@ from remix_bids.evaluation.segmenters import (
     nearest,
     tissue_means,
 )
-from remix_bids.experts.registry import GENERAL, is_fine_enough, load_registry
-from remix_bids.registration.affine import Templates
+from remix_bids.evaluation.settings import BACK_PROJECTION, CUBIC, EXPERT, METHODS, SHIPS, Settings
+from remix_bids.experts.registry import GENERAL, is_fine_enough
 from remix_bids.simulation.acquisition import Acquisition, from_header
 from remix_bids.simulation.degrade import restore_grid, seen_from
 from remix_bids.simulation.estimate import make_consistent
@@ -58,66 +47,7 @@ from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import Grid, coverage, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
 
-BACK_PROJECTION, EXPERT = "back-projection", "expert"
-SHIPS = "expert + steps"
-"""What the app would write: the network that the gate chooses and the steps of consistency that
-its table gives it (``consistency_steps`` in ``experts.toml``), none on noisy scans; where the gate
-chooses no expert, cubic interpolation."""
 FOREGROUND = 0.05  # of bright tissue
-NETWORKS = (GENERAL, EXPERT, SHIPS)
-METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, *NETWORKS)
-SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
-"""What a row tells of the scan."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How cases are run.
-
-    Attributes
-    ----------
-    protocol : dict
-    brain : Path, optional
-        ``strip_mask.npy``: where the brain of a head lies on the working grid.
-    experts_dir : Path, optional
-        The shipped experts by default.
-    tune : bool
-        Every iterate of back-projection instead of all methods.
-    commands : mapping of str to str
-        Other programs by name; see `remix_bids.evaluation.external`.
-    segmenter : str, optional
-        'atropos', or a command; absent: no Dice.
-    labels : Path, optional
-        BIDS derivatives with manual tissue classes.
-    templates : Templates, optional
-        Register every acquired image to these, as the app does; the true affine by default.
-    methods : sequence of str
-        Of `METHODS`, those that are measured. Rows of all but `NETWORKS` do not depend on experts.
-    """
-
-    protocol: dict
-    brain: Path | None = None
-    experts_dir: Path | None = None
-    tune: bool = False
-    commands: Mapping[str, str] = field(default_factory=dict)
-    segmenter: str | None = None
-    labels: Path | None = None
-    templates: Templates | None = None
-    methods: Sequence[str] = METHODS
-
-    @property
-    def affine(self) -> str:
-        """Which affine is used, as it stands in the rows."""
-        return "registered" if self.templates else "true"
-
-    @cached_property
-    def digest(self) -> str:
-        """First digits of a sha256 of experts, their steps and protocol: what decides a row."""
-        experts = [(e.sha256, e.consistency_steps) for e in load_registry(self.experts_dir)]
-        chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
-        protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
-        told = json.dumps([experts, protocol, self.tune], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def _restored(
@@ -313,90 +243,6 @@ def _measure(
 
 def _job(arguments: tuple[Case, Settings]) -> list[dict]:
     return run_case(*arguments)
-
-
-def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) -> list[dict]:
-    """Of the rows of an earlier run, those of cases that are to be run and were whole.
-
-    Raises
-    ------
-    UsageError
-        If they were measured with other experts, another protocol, the other affine, or of other
-        methods.
-    """
-    now = (settings.digest, settings.affine)
-    if any((row.get("setup"), row["affine"]) != now for row in rows):
-        raise UsageError(
-            "the output holds rows of other experts, of another protocol or of the other affine; "
-            "name another file, or remove this one"
-        )
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        found.setdefault(row_key(row), []).append(row)
-    asked = {*settings.methods, *settings.commands}
-    methods = {row["method"] for row in rows}
-    if not settings.tune and (methods - asked or (len(found) > 1 and methods != asked)):
-        raise UsageError(
-            f"the output holds rows of other methods ({', '.join(sorted(methods ^ asked))}); name "
-            "another file, and join the two by remix-experts table"
-        )
-    most = max(map(len, found.values()), default=0)
-    wanted = {case.key: case for case in cases}
-    dice = settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}
-
-    def whole(key: tuple, own: Sequence[dict]) -> bool:
-        """All methods, and Dice if it is asked for now."""
-        if key not in wanted or len(own) < (most if settings.tune else len(asked)):
-            return False
-        segmented = dice and wanted[key].number == 0 and not wanted[key].person.head
-        return not segmented or any(row["dice"] for row in own)
-
-    return [row for key, own in found.items() if whole(key, own) for row in own]
-
-
-def row_key(row: dict) -> tuple[str, ...]:
-    """`Case.key` of a row of a TSV."""
-    return row["person"], row["drawn"], row["number"], row["noise"]
-
-
-def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
-    """The rows of several runs, case by case; of one method on one case, the last run's counts.
-
-    Dice stays where a later run of the same setup did not look for it.
-
-    Raises
-    ------
-    UsageError
-        If networks of several sets of experts are among them, a case is not the same scan in all
-        runs, or cases lack a method that others have: a mean over such rows would mislead.
-    """
-    cases: dict[tuple, dict[str, dict]] = {}
-    for row in chain.from_iterable(tables):
-        case = cases.setdefault((*row_key(row), row["affine"]), {})
-        before = case.get(row["method"], {})
-        if before.get("setup") == row["setup"]:
-            row = before | {key: value for key, value in row.items() if value != ""}
-        case[row["method"]] = row
-    rows = [row for methods in cases.values() for row in methods.values()]
-    if len({row["setup"] for row in rows if row["method"] in NETWORKS}) > 1:
-        raise UsageError("the networks' rows are of several sets of experts, or of two protocols")
-    for key, methods in cases.items():
-        if len({tuple(row[name] for name in SCAN) for row in methods.values()}) > 1:
-            raise UsageError(f"{_told(key)} is not the same scan in all files: another protocol?")
-    most = {row["method"] for row in rows}
-    lacking = {key: most - {*methods} for key, methods in cases.items() if len(methods) < len(most)}
-    if lacking:
-        key, names = next(iter(lacking.items()))
-        raise UsageError(
-            f"{len(lacking)} of {len(cases)} cases lack methods that others have, the first "
-            f"{', '.join(sorted(names))} for {_told(key)}: run evaluate for them, too"
-        )
-    return rows
-
-
-def _told(key: tuple[str, ...]) -> str:
-    person, drawn, number, noise = key[:4]
-    return f"{person}, class {drawn}, geometry {number}, noise {noise}"
 
 
 def evaluate(

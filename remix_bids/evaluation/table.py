@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from remix_bids.evaluation.run import METHODS, SHIPS
+from remix_bids.evaluation.settings import METHODS, SHIPS
 from remix_bids.experts.registry import GENERAL
 
 METRICS = {

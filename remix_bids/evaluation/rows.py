@@ -1,0 +1,127 @@
+"""The rows of an evaluation: reading, writing, resuming, joining."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from remix_bids.errors import UsageError
+from remix_bids.evaluation.cases import Case
+from remix_bids.evaluation.settings import NETWORKS, Settings
+
+SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
+"""What a row tells of the scan."""
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a TSV, as strings."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def write_rows(
+    path: Path, batches: Iterable[Sequence[dict]], kept: Sequence[dict] = ()
+) -> list[dict]:
+    """Write rows to a TSV as they come, so that a stopped run leaves what it has; return all.
+
+    ``kept``: rows that come first.
+    """
+    rows: list[dict] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer: csv.DictWriter | None = None
+        for batch in chain([kept], batches):
+            if writer is None and batch:
+                writer = csv.DictWriter(file, batch[0], delimiter="\t", lineterminator="\n")
+                writer.writeheader()
+            if writer is not None:
+                writer.writerows(batch)
+            file.flush()
+            rows += batch
+    return rows
+
+
+def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) -> list[dict]:
+    """Of the rows of an earlier run, those of cases that are to be run and were whole.
+
+    Raises
+    ------
+    UsageError
+        If they were measured with other experts, another protocol, the other affine, or of other
+        methods.
+    """
+    now = (settings.digest, settings.affine)
+    if any((row.get("setup"), row["affine"]) != now for row in rows):
+        raise UsageError(
+            "the output holds rows of other experts, of another protocol or of the other affine; "
+            "name another file, or remove this one"
+        )
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row_key(row), []).append(row)
+    asked = {*settings.methods, *settings.commands}
+    methods = {row["method"] for row in rows}
+    if not settings.tune and (methods - asked or (len(found) > 1 and methods != asked)):
+        raise UsageError(
+            f"the output holds rows of other methods ({', '.join(sorted(methods ^ asked))}); name "
+            "another file, and join the two by remix-experts table"
+        )
+    most = max(map(len, found.values()), default=0)
+    wanted = {case.key: case for case in cases}
+    dice = settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}
+
+    def whole(key: tuple, own: Sequence[dict]) -> bool:
+        """All methods, and Dice if it is asked for now."""
+        if key not in wanted or len(own) < (most if settings.tune else len(asked)):
+            return False
+        segmented = dice and wanted[key].number == 0 and not wanted[key].person.head
+        return not segmented or any(row["dice"] for row in own)
+
+    return [row for key, own in found.items() if whole(key, own) for row in own]
+
+
+def row_key(row: dict) -> tuple[str, ...]:
+    """`Case.key` of a row of a TSV."""
+    return row["person"], row["drawn"], row["number"], row["noise"]
+
+
+def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
+    """The rows of several runs, case by case; of one method on one case, the last run's counts.
+
+    Dice stays where a later run of the same setup did not look for it.
+
+    Raises
+    ------
+    UsageError
+        If networks of several sets of experts are among them, a case is not the same scan in all
+        runs, or cases lack a method that others have: a mean over such rows would mislead.
+    """
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in chain.from_iterable(tables):
+        case = cases.setdefault((*row_key(row), row["affine"]), {})
+        before = case.get(row["method"], {})
+        if before.get("setup") == row["setup"]:
+            row = before | {key: value for key, value in row.items() if value != ""}
+        case[row["method"]] = row
+    rows = [row for methods in cases.values() for row in methods.values()]
+    if len({row["setup"] for row in rows if row["method"] in NETWORKS}) > 1:
+        raise UsageError("the networks' rows are of several sets of experts, or of two protocols")
+    for key, methods in cases.items():
+        if len({tuple(row[name] for name in SCAN) for row in methods.values()}) > 1:
+            raise UsageError(f"{_told(key)} is not the same scan in all files: another protocol?")
+    most = {row["method"] for row in rows}
+    lacking = {key: most - {*methods} for key, methods in cases.items() if len(methods) < len(most)}
+    if lacking:
+        key, names = next(iter(lacking.items()))
+        raise UsageError(
+            f"{len(lacking)} of {len(cases)} cases lack methods that others have, the first "
+            f"{', '.join(sorted(names))} for {_told(key)}: run evaluate for them, too"
+        )
+    return rows
+
+
+def _told(key: tuple[str, ...]) -> str:
+    person, drawn, number, noise = key[:4]
+    return f"{person}, class {drawn}, geometry {number}, noise {noise}"

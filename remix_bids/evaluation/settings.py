@@ -1,0 +1,72 @@
+"""What an evaluation is asked for: which methods, which experts, measured how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from remix_bids.experts.registry import GENERAL, load_registry
+from remix_bids.registration.affine import Templates
+
+CUBIC, ESTIMATE = "cubic", "estimate"
+BACK_PROJECTION, EXPERT = "back-projection", "expert"
+SHIPS = "expert + steps"
+"""What the app would write: the network that the gate chooses and the steps of consistency that
+its table gives it (``consistency_steps`` in ``experts.toml``), none on noisy scans; where the gate
+chooses no expert, cubic interpolation."""
+NETWORKS = (GENERAL, EXPERT, SHIPS)
+METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, *NETWORKS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How cases are run.
+
+    Attributes
+    ----------
+    protocol : dict
+    brain : Path, optional
+        ``strip_mask.npy``: where the brain of a head lies on the working grid.
+    experts_dir : Path, optional
+        The shipped experts by default.
+    tune : bool
+        Every iterate of back-projection instead of all methods.
+    commands : mapping of str to str
+        Other programs by name; see `remix_bids.evaluation.external`.
+    segmenter : str, optional
+        'atropos', or a command; absent: no Dice.
+    labels : Path, optional
+        BIDS derivatives with manual tissue classes.
+    templates : Templates, optional
+        Register every acquired image to these, as the app does; the true affine by default.
+    methods : sequence of str
+        Of `METHODS`, those that are measured. Rows of all but `NETWORKS` do not depend on experts.
+    """
+
+    protocol: dict
+    brain: Path | None = None
+    experts_dir: Path | None = None
+    tune: bool = False
+    commands: Mapping[str, str] = field(default_factory=dict)
+    segmenter: str | None = None
+    labels: Path | None = None
+    templates: Templates | None = None
+    methods: Sequence[str] = METHODS
+
+    @property
+    def affine(self) -> str:
+        """Which affine is used, as it stands in the rows."""
+        return "registered" if self.templates else "true"
+
+    @cached_property
+    def digest(self) -> str:
+        """First digits of a sha256 of experts, their steps and protocol: what decides a row."""
+        experts = [(e.sha256, e.consistency_steps) for e in load_registry(self.experts_dir)]
+        chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
+        protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
+        told = json.dumps([experts, protocol, self.tune], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:8]
