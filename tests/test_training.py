@@ -38,7 +38,7 @@ from remix_bids.training.losses import (
     ssim_loss,
     ssim_map,
 )
-from remix_bids.training.recipe import begin_with, class_weights, loss_of
+from remix_bids.training.recipe import begin_with, class_weights, loss_of, run_recipe
 from remix_bids.training.trainer import Schedule, batches, forward_parts, save_network, train
 
 from .test_spatial import smooth_image
@@ -366,6 +366,24 @@ def test_weights_tell_the_loss_of_the_next_stage(tmp_path):
     save_network(network, tmp_path / "old.safetensors", step=3)
     with pytest.raises(UsageError, match="calibrate = true"):
         loss_of(tmp_path / "old.safetensors")
+
+
+def test_a_finished_stage_needs_no_start(tmp_path):
+    """What it began with may be gone, or of a time when weights did not tell their loss."""
+    run(tmp_path / "out" / "last", 4, 2)
+    (tmp_path / "persons.json").write_text('{"persons": []}')
+    np.save(tmp_path / "strip_mask.npy", np.ones((2, 2, 2), bool))
+    recipe = tmp_path / "recipe.toml"
+    data = (
+        "patch = 64\ncube = 96\npatches_per_volume = 8\nhead_share = 0.5\nown_share = 1.0\nseed = 1"
+    )
+    stage = 'steps = {}\nstart = "gone"\nclasses = [1, 0, 0, 0, 0, 0, 0]'
+    design = f"[network]\ninputs = 6\nwidths = [4, 8, 8]\n[data]\n{data}\n[stages.last]\n{stage}"
+    recipe.write_text(design.format(4))
+    run_recipe(recipe, tmp_path, tmp_path / "out")
+    recipe.write_text(design.format(6))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        run_recipe(recipe, tmp_path, tmp_path / "out")
 
 
 def test_a_stage_is_never_worse_than_what_it_begins_with(tmp_path):

@@ -27,7 +27,7 @@ from remix_bids.simulation.acquisition import CLASS_RANGES, load_bank
 from remix_bids.training import team
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
-from remix_bids.training.trainer import Schedule, read_metadata, train
+from remix_bids.training.trainer import Schedule, is_finished, read_metadata, train
 
 LOGGER = logging.getLogger(__name__)
 EXPERTS = [str(k) for k in range(1, 8)]
@@ -112,6 +112,10 @@ def run_recipe(
     for number, (stage, settings) in enumerate(recipe["stages"].items()):
         if only and stage not in only:
             continue
+        own = {k: v for k, v in settings.items() if k not in ("start", "classes", "calibrate")}
+        schedule = Schedule(workers=workers, **own)
+        if is_finished(output / stage, schedule):
+            continue
         weights = class_weights(stage, settings, data["own_share"])
         seed = data["seed"] + 1000 * number
         simulator = Simulator(persons, class_weights=weights, seed=seed, **common)
@@ -126,8 +130,6 @@ def run_recipe(
             begin_with(network, load_file(str(start)))
             if not settings.get("calibrate", False):
                 loss = loss_of(start)
-        own = {k: v for k, v in settings.items() if k not in ("start", "classes", "calibrate")}
-        schedule = Schedule(workers=workers, **own)
         LOGGER.info("stage %s: %d steps, classes %s", stage, schedule.steps, weights)
         train(network, simulator, validation, schedule, output / stage, device=device, loss=loss)
 

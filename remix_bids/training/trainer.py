@@ -139,6 +139,12 @@ def read_metadata(path: Path, key: str) -> dict[str, Any]:
         return json.loads(file.metadata()[key])
 
 
+def is_finished(folder: Path, schedule: Schedule) -> bool:
+    """Whether the stage in a folder has taken all of its steps."""
+    checkpoint = folder / CHECKPOINT
+    return checkpoint.exists() and read_metadata(checkpoint, "progress")["step"] >= schedule.steps
+
+
 class State:
     """Network, its average, optimiser and step, kept in one safetensors file."""
 
@@ -244,15 +250,15 @@ def train(
     Path
         Of the best average weights.
     """
+    checkpoint, best = folder / CHECKPOINT, folder / "best.safetensors"
+    if is_finished(folder, schedule):
+        return best
     folder.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
     torch.manual_seed(simulator.seed)
     state = State(network, schedule, where)
-    checkpoint, best = folder / CHECKPOINT, folder / "best.safetensors"
     if checkpoint.exists():
         state.load(checkpoint)
-        if state.step >= schedule.steps:
-            return best
         LOGGER.info("%s: going on from step %d", folder.name, state.step)
     if team.LEADS:
         (folder / "schedule.json").write_text(json.dumps(asdict(schedule), indent=1))
