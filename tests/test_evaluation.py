@@ -27,6 +27,7 @@ from remix_bids.evaluation.rows import finished, joined, read_rows, write_rows
 from remix_bids.evaluation.run import evaluate
 from remix_bids.evaluation.settings import METHODS, Settings
 from remix_bids.evaluation.table import SHIPS, best_iterations, bootstrap_interval, to_markdown
+from remix_bids.experts.registry import load_registry
 from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
 from remix_bids.simulation.degrade import acquire
@@ -283,6 +284,18 @@ def test_rows_of_other_experts_are_not_mixed_in():
     registered = replace(Settings(protocol()), templates=Templates(Path("t1w"), None))
     with pytest.raises(UsageError, match="the other affine"):
         finished(measured(todo), todo, registered)
+
+
+def test_rows_without_networks_outlive_the_experts(tmp_path):
+    table = load_registry()["1"].path.with_name("experts.toml").read_text()
+    assert "consistency_steps = 2" in table
+    changed = table.replace("consistency_steps = 2", "consistency_steps = 3")
+    (tmp_path / "experts.toml").write_text(changed)
+    shipped = Settings(protocol())
+    others = replace(shipped, experts_dir=tmp_path)
+    assert shipped.digest != others.digest
+    plain = {"methods": ("cubic", "back-projection")}
+    assert replace(shipped, **plain).digest == replace(others, **plain).digest
 
 
 def held(found, part):

@@ -64,8 +64,13 @@ class Settings:
 
     @cached_property
     def digest(self) -> str:
-        """First digits of a sha256 of experts, their steps and protocol: what decides a row."""
-        experts = [(e.sha256, e.consistency_steps) for e in load_registry(self.experts_dir)]
+        """First digits of a sha256 of what decides a row: protocol, and experts and their steps.
+
+        Without networks among the methods experts do not count: such rows outlive them.
+        """
+        networks = not self.tune and {*self.methods} & {*NETWORKS}
+        records = load_registry(self.experts_dir) if networks else ()
+        experts = [(e.sha256, e.consistency_steps) for e in records]
         chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
         protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
         told = json.dumps([experts, protocol, self.tune], sort_keys=True)
