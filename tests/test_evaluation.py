@@ -274,14 +274,15 @@ def test_rows_that_do_not_belong_together_are_not_joined():
 
 def test_rows_of_other_experts_are_not_mixed_in():
     todo = cases(people(1), protocol(), [3], [0.0])
+    settings = Settings(protocol(), methods=("cubic", "expert"))
     with pytest.raises(UsageError, match="other experts"):
-        finished(measured(todo, "0123abcd"), todo, Settings(protocol()))
-    tuned = Settings(protocol() | {"erosion": 3})
+        finished(measured(todo, "0123abcd"), todo, settings)
+    tuned = replace(settings, protocol=protocol() | {"erosion": 3})
     with pytest.raises(UsageError, match="another protocol"):
         finished(measured(todo), todo, tuned)
     with pytest.raises(UsageError, match="another protocol"):
         finished(measured(todo), todo, Settings(protocol(), tune=True))
-    registered = replace(Settings(protocol()), templates=Templates(Path("t1w"), None))
+    registered = replace(settings, templates=Templates(Path("t1w"), None))
     with pytest.raises(UsageError, match="the other affine"):
         finished(measured(todo), todo, registered)
 

@@ -52,12 +52,6 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
         If they were measured with other experts, another protocol, the other affine, or of other
         methods.
     """
-    now = (settings.digest, settings.affine)
-    if any((row.get("setup"), row["affine"]) != now for row in rows):
-        raise UsageError(
-            "the output holds rows of other experts, of another protocol or of the other affine; "
-            "name another file, or remove this one"
-        )
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         found.setdefault(row_key(row), []).append(row)
@@ -67,6 +61,12 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
         raise UsageError(
             f"the output holds rows of other methods ({', '.join(sorted(methods ^ asked))}); name "
             "another file, and join the two by remix-experts table"
+        )
+    now = (settings.digest, settings.affine)
+    if any((row.get("setup"), row["affine"]) != now for row in rows):
+        raise UsageError(
+            "the output holds rows of other experts, of another protocol or of the other affine; "
+            "name another file, or remove this one"
         )
     most = max(map(len, found.values()), default=0)
     wanted = {case.key: case for case in cases}
