@@ -236,9 +236,9 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
         finished(rows, todo, replace(settings, methods=METHODS))
     with pytest.raises(UsageError, match="other methods"):
         finished(rows, todo, replace(settings, methods=("cubic",)))
-    # The last case was cut off; cases that nobody asks for now are left out.
+    # The last case, or its last row, was cut off.
     assert finished(rows[:-1], todo, settings) == rows[:-2]
-    assert finished(rows, todo[1:], settings) == rows[2:]
+    assert finished([*rows[:-1], rows[-1] | {"method": None}], todo, settings) == rows[:-2]
     # Dice is asked for, of the first geometries, and was not found yet.
     left = finished(rows, todo, replace(settings, segmenter="atropos"))
     assert left == [row for row in rows if row["number"] != "0"]
@@ -246,6 +246,29 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     write_rows(tmp_path / "rows.tsv", [], rows)
     assert evaluate(todo, settings, tmp_path / "rows.tsv") == rows
     assert read_rows(tmp_path / "rows.tsv") == rows
+
+
+def test_no_row_is_lost_by_resuming():
+    todo = cases(people(2), protocol(), [3], [0.0])
+    rows, settings = measured(todo), Settings(protocol(), methods=("cubic", "expert"))
+    with pytest.raises(UsageError, match="not asked for now, the first p0, class 3, geometry 0"):
+        finished(rows, todo[1:], settings)
+    # One more person, who comes first: the others' geometries are not those of before.
+    first, second = people(2)
+    others = cases([replace(first, name="a"), first, second], protocol(), [3], [0.0])
+    with pytest.raises(UsageError, match="not asked for now"):
+        finished(rows, others, settings)
+    with pytest.raises(UsageError, match="not a table of this version"):
+        finished([{"person": "p0", "method": "cubic"}], todo, settings)
+
+
+def test_manual_classes_are_found_later():
+    todo = cases(people(1), protocol(), [3], [0.0])
+    rows = [row | {"dice": "0.9", "dice_manual": ""} for row in measured(todo)]
+    settings = Settings(protocol(), methods=("cubic", "expert"), segmenter="atropos")
+    assert finished(rows, todo, settings) == rows
+    left = finished(rows, todo, replace(settings, labels=Path("manual")))
+    assert left == [row for row in rows if row["number"] != "0"]
 
 
 def test_runs_are_joined():
@@ -268,6 +291,8 @@ def test_rows_that_do_not_belong_together_are_not_joined():
     with pytest.raises(UsageError, match="several sets of experts"):
         joined([rows, [row | {"setup": "0123abcd"} for row in networks[:3]]])
     assert joined([[row | {"setup": "0123abcd"} for row in others], networks])  # no network there
+    with pytest.raises(UsageError, match=r"expert for p0, class 3, geometry 0, .* lacks the Dice"):
+        joined([[row | {"dice": "0.9"} for row in (rows[0], *rows[2:])], rows[1:2]])
     with pytest.raises(UsageError, match=r"p0, class 3, geometry 0, .* not the same scan"):
         joined([rows, [others[0] | {"volume": "3.1"}]])
 

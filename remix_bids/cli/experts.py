@@ -204,6 +204,8 @@ def evaluate(args: argparse.Namespace) -> None:
         parse_command(args.segmenter_command)
     noise = protocol["noise"] if args.noise is None else args.noise
     todo = cases(persons[: args.persons], protocol, args.classes, noise)
+    if not todo:
+        raise UsageError("no person is fine enough for these classes: nothing to evaluate")
     mask = args.prepared / "strip_mask.npy"
     segmenter = args.segmenter_command or ("atropos" if args.dice else None)
     if args.template and segmenter:

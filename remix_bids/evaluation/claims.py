@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from remix_bids.evaluation.settings import EXPERT, SHIPS
+from remix_bids.evaluation.settings import EXPERT, SHIPS, noise_title
 from remix_bids.evaluation.table import (
     bootstrap_interval,
     by_person,
@@ -142,7 +142,8 @@ def claims(rows: Sequence[dict]) -> list[Claim]:
     found += _of_experts(rows)
     segmented = [row for row in rows if row.get("dice") not in (None, "")]
     heads = [row for row in rows if row.get("head_detail") not in (None, "")]
-    found += [*_of_dice(segmented)] if segmented else []
+    if {"linear", GENERAL, EXPERT, SHIPS} <= {row["method"] for row in segmented}:
+        found += _of_dice(segmented)
     found += [*_of_heads(heads)] if heads else []
     return found
 
@@ -151,7 +152,7 @@ def to_markdown(rows: Sequence[dict]) -> str:
     """A table of the claims for each noise level."""
     lines: list[str] = []
     for noise in sorted({float(row["noise"]) for row in rows}):
-        title = "without noise" if noise == 0 else f"with {noise:.0%} Rician noise"
+        title = noise_title(noise)
         mine = [row for row in rows if float(row["noise"]) == noise]
         body = [[c.text, c.found, "yes" if c.holds else "no"] for c in claims(mine)]
         head = [f"`{SHIPS}`, {title}", "found", "holds"]

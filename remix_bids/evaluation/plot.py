@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from remix_bids.evaluation.settings import noise_title
 from remix_bids.evaluation.table import bootstrap_interval, by_person, classes_of, methods_of
 
 BASE = "cubic"
@@ -46,7 +47,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xticks(where, [str(k) for k in classes_of(mine)])
         panel.set_xlabel("effective voxel volume, mm$^3$")
-        panel.set_title("no noise" if noise == 0 else f"{noise:.0%} Rician noise")
+        panel.set_title(noise_title(noise))
     panels[0][0].set_ylabel(f"PSNR gain over {BASE}, dB")
     panels[0][-1].legend(fontsize=7, ncols=2)
     figure.tight_layout()

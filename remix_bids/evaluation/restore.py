@@ -1,4 +1,4 @@
-"""What the experiments with lesions and gates share: one image seen by a scanner, and restored."""
+"""What evaluation, lesions and gates share: one image seen by a scanner, and restored."""
 
 from __future__ import annotations
 

@@ -44,14 +44,17 @@ def write_rows(
 
 
 def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) -> list[dict]:
-    """Of the rows of an earlier run, those of cases that are to be run and were whole.
+    """Of the rows of an earlier run, those of cases that were whole.
 
     Raises
     ------
     UsageError
-        If they were measured with other experts, another protocol, the other affine, or of other
-        methods.
+        If they were measured with other experts, another protocol, the other affine, of other
+        methods, or on cases that are not to be run now: writing the file anew would lose them.
     """
+    if rows and not {"drawn", "setup", *SCAN} <= {*rows[0]}:
+        raise UsageError("the output is not a table of this version; name another file")
+    rows = [row for row in rows if None not in row.values()]  # cut off in the middle of a row
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         found.setdefault(row_key(row), []).append(row)
@@ -63,21 +66,28 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
             "another file, and join the two by remix-experts table"
         )
     now = (settings.digest, settings.affine)
-    if any((row.get("setup"), row["affine"]) != now for row in rows):
+    if any((row["setup"], row["affine"]) != now for row in rows):
         raise UsageError(
             "the output holds rows of other experts, of another protocol or of the other affine; "
             "name another file, or remove this one"
         )
     most = max(map(len, found.values()), default=0)
     wanted = {case.key: case for case in cases}
+    for key, own in found.items():
+        if key not in wanted or own[0]["kind"] != wanted[key].source:
+            raise UsageError(
+                "the output holds rows of cases that are not asked for now, the first "
+                f"{told(key)}; name another file, and join the two by remix-experts table"
+            )
     dice = settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}
 
     def whole(key: tuple, own: Sequence[dict]) -> bool:
         """All methods, and Dice if it is asked for now."""
-        if key not in wanted or len(own) < (most if settings.tune else len(asked)):
+        if len(own) < (most if settings.tune else len(asked)):
             return False
         segmented = dice and wanted[key].number == 0 and not wanted[key].person.head
-        return not segmented or any(row["dice"] for row in own)
+        column = "dice_manual" if settings.labels else "dice"
+        return not segmented or any(row[column] for row in own)
 
     return [row for key, own in found.items() if whole(key, own) for row in own]
 
@@ -96,7 +106,8 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     ------
     UsageError
         If networks of several sets of experts are among them, a case is not the same scan in all
-        runs, or cases lack a method that others have: a mean over such rows would mislead.
+        runs, or cases lack a method, or its Dice, that others have: a mean over such rows would
+        mislead.
     """
     cases: dict[tuple, dict[str, dict]] = {}
     for row in chain.from_iterable(tables):
@@ -110,18 +121,27 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
         raise UsageError("the networks' rows are of several sets of experts, or of two protocols")
     for key, methods in cases.items():
         if len({tuple(row[name] for name in SCAN) for row in methods.values()}) > 1:
-            raise UsageError(f"{_told(key)} is not the same scan in all files: another protocol?")
+            raise UsageError(f"{told(key)} is not the same scan in all files: another protocol?")
     most = {row["method"] for row in rows}
     lacking = {key: most - {*methods} for key, methods in cases.items() if len(methods) < len(most)}
     if lacking:
         key, names = next(iter(lacking.items()))
         raise UsageError(
             f"{len(lacking)} of {len(cases)} cases lack methods that others have, the first "
-            f"{', '.join(sorted(names))} for {_told(key)}: run evaluate for them, too"
+            f"{', '.join(sorted(names))} for {told(key)}: run evaluate for them, too"
         )
+    segmented = {row["method"] for row in rows if row["dice"]}
+    for key, methods in cases.items():
+        without = {name for name in segmented if not methods[name]["dice"]}
+        if without and without != segmented:
+            raise UsageError(
+                f"{', '.join(sorted(without))} for {told(key)} lacks the Dice that other methods "
+                "have: run evaluate --dice for it, too"
+            )
     return rows
 
 
-def _told(key: tuple[str, ...]) -> str:
+def told(key: tuple[str, ...]) -> str:
+    """What tells a case from others, in words."""
     person, drawn, number, noise = key[:4]
     return f"{person}, class {drawn}, geometry {number}, noise {noise}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from remix_bids.evaluation.settings import METHODS, SHIPS
+from remix_bids.evaluation.settings import METHODS, SHIPS, noise_title
 from remix_bids.experts.registry import GENERAL
 
 METRICS = {
@@ -60,7 +60,7 @@ def to_markdown(rows: Sequence[dict]) -> str:
     """Tables of each metric by class, and paired gains of what ships; the person is the unit."""
     lines: list[str] = []
     for noise in sorted({float(row["noise"]) for row in rows}):
-        title = "without noise" if noise == 0 else f"with {noise:.0%} Rician noise"
+        title = noise_title(noise)
         mine = [row for row in rows if float(row["noise"]) == noise]
         for metric, label in METRICS.items():
             lines += [f"**{label}, {title}**", "", *_means(mine, metric), ""]
