@@ -68,7 +68,8 @@ def main() -> None:
                 took[n].append((loaded, *both))
         browser.quit()
     lines = [
-        f"# The group page in a browser\n\n`python -m benchmarks.group_page` at {commit}: medians "
+        "# The group page in a browser\n\n`python -m benchmarks.group_page --repeats "
+        f"{given.repeats} --out {given.out}` at {commit}: medians "
         f"of {given.repeats}, headless Chromium, pages opened in turn.\n",
         "| scans | page, MB | open, ms | sort, ms | draw another figure, ms |",
         "|" + " --- |" * 5,

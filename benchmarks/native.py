@@ -78,7 +78,8 @@ def main() -> None:
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     lines = [
-        f"# Landmarks of native outputs\n\n`python benchmarks/native.py BIDS OUT` at {commit}."
+        "# Landmarks of native outputs\n\n`python benchmarks/native.py BIDS OUT --out "
+        f"{given.out}` at {commit}."
         f" Displacement in mm between input and output, which `--output-spaces T1w` wrote.\n",
         "| scan | voxel sizes, mm | turned by, degrees | landmarks | median | 95 % | largest | "
         "median, read 0.5 mm off |",

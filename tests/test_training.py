@@ -382,7 +382,7 @@ def test_a_finished_stage_needs_no_start(tmp_path):
     recipe.write_text(design.format(4))
     run_recipe(recipe, tmp_path, tmp_path / "out")
     recipe.write_text(design.format(6))
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(UsageError, match="no persons of the split 'train'"):
         run_recipe(recipe, tmp_path, tmp_path / "out")
 
 

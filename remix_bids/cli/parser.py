@@ -178,7 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--enforce-consistency",
         action="store_true",
         help="make the output of every expert agree with the acquired voxels by a step of "
-        "back-projection, unless the scan is noisy (default: only where validation gained by it)",
+        "back-projection, unless the scan is noisy (default: as many as the table of experts "
+        "tells, none after the general network)",
     )
     how.add_argument(
         "--leave-slices-out",

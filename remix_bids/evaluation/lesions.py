@@ -255,8 +255,10 @@ def _cell(rows: Sequence[dict], metric: str, **where: object) -> str:
 def to_markdown(rows: Sequence[dict]) -> str:
     """Contrast and volume kept per class, method and size; contrast kept also by sign."""
     classes = sorted({int(row["class"]) for row in rows})
-    persons = len({row["person"] for row in rows})
-    lines = [f"Means over {persons} person{'s' * (persons > 1)}; 1 is the truth.", ""]
+    counts = [len({r["person"] for r in rows if int(r["class"]) == k}) for k in classes]
+    few, many = min(counts, default=0), max(counts, default=0)
+    persons = f"{few} to {many} persons" if few < many else f"{many} person{'s' * (many > 1)}"
+    lines = [f"Means over {persons} of a class; 1 is the truth.", ""]
     tables = (
         ("Contrast kept", "contrast_kept", "diameter", DIAMETERS, "{:g} mm"),
         ("Volume kept, at half maximum", "volume_kept", "diameter", DIAMETERS, "{:g} mm"),

@@ -93,6 +93,11 @@ def run_recipe(
         Stages to run; all by default.
     bank : Path, optional
         Geometries, as `remix-experts harvest` writes them; the shipped bank by default.
+
+    Raises
+    ------
+    UsageError
+        If nobody is left to train on or to validate with.
     """
     recipe = tomllib.loads(recipe_file.read_text())
     data = recipe["data"]
@@ -116,6 +121,13 @@ def run_recipe(
         schedule = Schedule(workers=workers, **own)
         if is_finished(output / stage, schedule):
             continue
+        for split, some in (("train", persons), ("validation", unseen)):
+            if not some:
+                raise UsageError(
+                    f"{prepared} holds no persons of the split {split!r}: name some, not all, of "
+                    "yours under validation in a copy of the recipe, and give it by --recipe to "
+                    "prepare and train"
+                )
         weights = class_weights(stage, settings, data["own_share"])
         seed = data["seed"] + 1000 * number
         simulator = Simulator(persons, class_weights=weights, seed=seed, **common)
