@@ -145,6 +145,9 @@ def table(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.rows import joined, read_rows, write_rows
     from remix_bids.evaluation.settings import METHODS
 
+    for path in args.rows:
+        if not path.is_file():
+            raise UsageError(f"{path} is no file; name TSV files that evaluate has written")
     tables, target = [read_rows(path) for path in args.rows], args.output.with_suffix(".tsv")
     try:
         rows = tables[0] if len(tables) == 1 else joined(tables)
