@@ -65,8 +65,10 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
             f"the output holds rows of other methods ({', '.join(sorted(methods ^ asked))}); name "
             "another file, and join the two by remix-experts table"
         )
-    now = (settings.digest, settings.affine)
-    if any((row["setup"], row["affine"]) != now for row in rows):
+    if any(
+        (row["setup"], row["affine"]) != (settings.setup(row["method"]), settings.affine)
+        for row in rows
+    ):
         raise UsageError(
             "the output holds rows of other experts, of another protocol or of the other affine; "
             "name another file, or remove this one"

@@ -198,7 +198,6 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         "profile": "box" if any(acquisition.box) else "gaussian",
         "noise": case.noise,
         "affine": settings.affine,
-        "setup": settings.digest,
     }
     names = (*settings.protocol["segmented"], *settings.commands)
     segmented = names if settings.segmenter and case.number == 0 and not settings.tune else ()
@@ -211,7 +210,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         if key not in measured:
             masks = mask, covered, outside
             measured[key] = _measure(case.person, image, truth, masks, grid, settings, key[1])
-        rows.append(about | {"method": method} | measured[key])
+        rows.append(about | {"setup": settings.setup(method), "method": method} | measured[key])
     return rows
 
 

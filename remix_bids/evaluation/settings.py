@@ -67,16 +67,22 @@ class Settings:
         """Which affine is used, as it stands in the rows."""
         return "registered" if self.templates else "true"
 
-    @cached_property
-    def digest(self) -> str:
-        """First digits of a sha256 of what decides a row: protocol, and experts and their steps.
+    def setup(self, method: str) -> str:
+        """First digits of a sha256 of what decides a method's rows.
 
-        Without networks among the methods experts do not count: such rows outlive them.
+        The protocol; of networks the experts and their steps, too. Other rows outlive the experts.
         """
-        networks = not self.tune and {*self.methods} & {*NETWORKS}
-        records = load_registry(self.experts_dir) if networks else ()
-        experts = [(e.sha256, e.consistency_steps) for e in records]
+        return self._digests[method in NETWORKS]
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Without experts, and with them."""
+        experts = [(e.sha256, e.consistency_steps) for e in load_registry(self.experts_dir)]
         chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
         protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
-        told = json.dumps([experts, protocol, self.tune], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+        def digest(records: list) -> str:
+            told = json.dumps([records, protocol, self.tune], sort_keys=True)
+            return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+        return digest([]), digest(experts)
