@@ -8,12 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from remix_bids.evaluation.settings import EXPERT, SHIPS, noise_title
+from remix_bids.evaluation.settings import EXPERT, SHIPS
 from remix_bids.evaluation.table import (
     bootstrap_interval,
     by_person,
     classes_of,
     markdown_table,
+    noise_title,
     paired_gain,
 )
 from remix_bids.experts.registry import GENERAL

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from remix_bids.evaluation.settings import noise_title
-from remix_bids.evaluation.table import bootstrap_interval, by_person, classes_of, methods_of
+from remix_bids.evaluation.table import (
+    bootstrap_interval,
+    by_person,
+    classes_of,
+    methods_of,
+    noise_title,
+)
 
 BASE = "cubic"
 

@@ -79,7 +79,7 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
         if key not in wanted or own[0]["kind"] != wanted[key].source:
             raise UsageError(
                 "the output holds rows of cases that are not asked for now, the first "
-                f"{told(key)}; name another file, and join the two by remix-experts table"
+                f"{_told(key)}; name another file, and join the two by remix-experts table"
             )
     dice = settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}
 
@@ -123,27 +123,26 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
         raise UsageError("the networks' rows are of several sets of experts, or of two protocols")
     for key, methods in cases.items():
         if len({tuple(row[name] for name in SCAN) for row in methods.values()}) > 1:
-            raise UsageError(f"{told(key)} is not the same scan in all files: another protocol?")
+            raise UsageError(f"{_told(key)} is not the same scan in all files: another protocol?")
     most = {row["method"] for row in rows}
     lacking = {key: most - {*methods} for key, methods in cases.items() if len(methods) < len(most)}
     if lacking:
         key, names = next(iter(lacking.items()))
         raise UsageError(
             f"{len(lacking)} of {len(cases)} cases lack methods that others have, the first "
-            f"{', '.join(sorted(names))} for {told(key)}: run evaluate for them, too"
+            f"{', '.join(sorted(names))} for {_told(key)}: run evaluate for them, too"
         )
     segmented = {row["method"] for row in rows if row["dice"]}
     for key, methods in cases.items():
         without = {name for name in segmented if not methods[name]["dice"]}
         if without and without != segmented:
             raise UsageError(
-                f"{', '.join(sorted(without))} for {told(key)} lacks the Dice that other methods "
+                f"{', '.join(sorted(without))} for {_told(key)} lacks the Dice that other methods "
                 "have: run evaluate --dice for it, too"
             )
     return rows
 
 
-def told(key: tuple[str, ...]) -> str:
-    """What tells a case from others, in words."""
+def _told(key: tuple[str, ...]) -> str:
     person, drawn, number, noise = key[:4]
     return f"{person}, class {drawn}, geometry {number}, noise {noise}"

@@ -22,11 +22,6 @@ NETWORKS = (GENERAL, EXPERT, SHIPS)
 METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, *NETWORKS)
 
 
-def noise_title(level: float) -> str:
-    """How tables and plots name a noise level."""
-    return "without noise" if level == 0 else f"with {100 * level:g}% Rician noise"
-
-
 @dataclass(frozen=True)
 class Settings:
     """How cases are run.

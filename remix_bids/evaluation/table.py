@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from remix_bids.evaluation.settings import METHODS, SHIPS, noise_title
+from remix_bids.evaluation.settings import METHODS, SHIPS
 from remix_bids.experts.registry import GENERAL
 
 METRICS = {
@@ -22,6 +22,11 @@ WHERE_KNOWN = {
     "head_detail": "Gradient energy at 0.2 to 0.4 cycles/mm outside the brain, of the truth's",
 }
 ANISOTROPY = ((1.0, 2.0), (2.0, 4.0), (4.0, 20.0))
+
+
+def noise_title(level: float) -> str:
+    """How tables and plots name a noise level."""
+    return "without noise" if level == 0 else f"with {100 * level:g}% Rician noise"
 
 
 def by_person(rows: Sequence[dict], metric: str, **where: object) -> dict[str, float]:
