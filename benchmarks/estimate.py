@@ -22,9 +22,8 @@ import torch
 from remix_bids.evaluation.cases import Case, cases
 from remix_bids.evaluation.methods import back_project
 from remix_bids.evaluation.metrics import eroded, psnr
-from remix_bids.evaluation.restore import see
+from remix_bids.evaluation.restore import as_told, see
 from remix_bids.simulation import estimate
-from remix_bids.simulation.acquisition import from_header
 from remix_bids.simulation.degrade import restore_grid
 from remix_bids.training.dataset import crop_to_foreground, load_persons
 
@@ -41,7 +40,7 @@ def run(case: Case) -> dict[str, float]:
     truth = truth[crop]
     low = restore_grid(native, acquisition.grid, acquisition.world, grid)
     mask = eroded((truth > 0.05) & low.covered, 2)
-    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+    told = as_told(native, acquisition)
     images = {"cubic": low.image}
     for i, x in enumerate(back_project(native, acquisition, grid, low.image, max(ITERATES), 1.0)):
         if i + 1 in ITERATES:

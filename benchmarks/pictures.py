@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from remix_bids.evaluation.methods import back_project
 from remix_bids.registration.itk import read_itk_affine
-from remix_bids.simulation.acquisition import from_header
 from remix_bids.simulation.degrade import restore_grid
+from remix_bids.simulation.slices import from_scan
 from remix_bids.spatial import WORKING_GRID, Grid
 
 SIDE = 120  # mm
@@ -35,7 +35,7 @@ def restored(source: Path, transform: Path) -> tuple[dict[str, np.ndarray], int]
     image = nb.load(source)
     data = np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
     native = torch.from_numpy(data.copy())
-    acquisition = from_header(Grid(data.shape, image.affine), read_itk_affine(transform))
+    acquisition = from_scan(data, Grid(data.shape, image.affine), read_itk_affine(transform))
     low = restore_grid(native, acquisition.grid, acquisition.world)
     *_, projected = back_project(native, acquisition, WORKING_GRID, low.image, STEPS, 1.0)
     panels = {"cubic interpolation": low.image.numpy(), "back-projection": projected.numpy()}

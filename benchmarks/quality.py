@@ -26,10 +26,11 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filte
 from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.methods import run_expert
 from remix_bids.evaluation.metrics import eroded, psnr
+from remix_bids.evaluation.restore import as_told
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.registry import load_registry
 from remix_bids.qc import consistency, quality
-from remix_bids.simulation.acquisition import Acquisition, from_header, slice_axis, to_working_grid
+from remix_bids.simulation.acquisition import Acquisition, slice_axis, to_working_grid
 from remix_bids.simulation.degrade import acquire, add_rician_noise, restore_grid
 from remix_bids.simulation.estimate import linear_estimate, make_consistent
 from remix_bids.spatial import WORKING_GRID
@@ -107,7 +108,7 @@ def run_person(person: Person, index: int, klass: int, noise: float, experts: An
     axes, thick = np.linalg.inv(mapping)[:3, :3], slice_axis(acquisition.grid)
     normal = int(np.argmax(np.abs(axes[:, thick])))
     outputs = {"truth": truth.numpy(), "cubic": low.image.numpy()}
-    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+    told = as_told(native, acquisition)
     estimate = linear_estimate(native, told)
     outputs["identity"] = estimate.image.numpy()
     for name, which in (("expert", str(klass)), ("wrong expert", WRONG[klass])):
@@ -151,7 +152,7 @@ def run_enforced(person: Person, index: int, klass: int, noise: float, experts: 
     covered = low.covered.numpy()
     brain = (truth > 50).numpy() & covered
     record = experts[str(klass)]
-    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+    told = as_told(native, acquisition)
     estimate = linear_estimate(native, told)
     expert = run_expert(estimate, record, load_expert(record)).numpy()
     given = (torch.from_numpy(expert), native, told, WORKING_GRID, estimate.noise)

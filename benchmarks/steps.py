@@ -6,13 +6,15 @@
 acquisitions of the training bank, drawn as in training, half of the sidecars silent about the
 thickness. PSNR (dB) against that of the network alone, mean over the cases of a class: after one
 step and more, as they ship (giving way to noise); without noise one step by the width of the slices
-that it assumes, relative to the nominal one; with noise the whole step. It prints Markdown tables.
+that it assumes, relative to the one used, and with the true width; with noise the whole step. It
+prints Markdown tables.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +26,19 @@ from remix_bids.evaluation.restore import registry_of, see
 from remix_bids.experts.inference import enhance, load_expert
 from remix_bids.experts.registry import Registry
 from remix_bids.simulation import estimate
-from remix_bids.simulation.acquisition import Acquisition, draw, from_header, load_bank
+from remix_bids.simulation.acquisition import Acquisition, draw, load_bank, slice_axis
+from remix_bids.simulation.slices import from_scan, true_width, width_of_slices
 from remix_bids.spatial import Grid
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 
 MOST_STEPS = 4
-WIDTHS = (0.7, 0.8, estimate._SLICE, 1.0)  # of slices, relative to the nominal one
-SHIPPED = estimate._SLICE
+WIDTHS = (0.8, 0.9, 1.0, 1.1, 1.2)  # of slices, relative to the one used
+
+
+def with_width(told: Acquisition, width: float) -> Acquisition:
+    widths = list(told.widths)
+    widths[slice_axis(told.grid)] = width
+    return replace(told, widths=(widths[0], widths[1], widths[2]))
 
 
 def step(image: Tensor, native: Tensor, told: Acquisition, grid: Grid, noise: float) -> Tensor:
@@ -44,10 +52,10 @@ def run(
     bank = [g for g in load_bank() if not g.held_out]
     acquisition = draw(rng, bank, [person.world], klass)
     thickness = acquisition.thickness if rng.random() < 0.5 else None
-    told = from_header(acquisition.grid, acquisition.world, thickness)
     truth = person.image.float()
     crop, grid = crop_to_foreground(truth, 64)
     native, truth = see(truth, acquisition, noise, seed), truth[crop]
+    told = from_scan(native.numpy(), acquisition.grid, acquisition.world, thickness)
     low = estimate.linear_estimate(native, told, grid)
     record = experts[str(klass)]
     image = torch.from_numpy(enhance(low, record, network=load_expert(record)))
@@ -57,17 +65,14 @@ def run(
     for count in range(1, MOST_STEPS + 1):
         stepped = step(stepped, native, told, grid, low.noise)
         found["1 step" if count == 1 else f"{count} steps"] = psnr(stepped, truth, mask) - before
-    left = []
-    for estimate._SLICE in (SHIPPED,) if noise else WIDTHS:
-        made = step(image, native, told, grid, 0.0)
-        found["the whole step" if noise else f"width {estimate._SLICE}"] = (
-            psnr(made, truth, mask) - before
-        )
-        left.append(float((made - image)[mask].square().mean()))
-    estimate._SLICE = SHIPPED
+    used = width_of_slices(told)
+    assumed = {"the whole step": used}
     if not noise:
-        square, line, _ = np.polyfit(WIDTHS, left, 2)
-        found["width at which the step is smallest"] = -line / (2 * square)
+        assumed = {f"width times {factor}": factor * used for factor in WIDTHS}
+        assumed["true width"] = true_width(acquisition)
+    for name, width in assumed.items():
+        made = step(image, native, with_width(told, width), grid, 0.0)
+        found[name] = psnr(made, truth, mask) - before
     return found
 
 

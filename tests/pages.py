@@ -49,6 +49,7 @@ def sidecar(expert="5", warnings=()):
         "RegistrationScore": 0.7,
         "AffineDeterminant": 0.9,
         "BrainCoverage": 1.0,
+        "SliceProfileWidth": 4.2,
         "Device": "cpu",
         "Timings": {"Registration": 21.2, "Enhancement": 8.0},
         "Warnings": list(warnings),

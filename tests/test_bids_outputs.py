@@ -255,7 +255,7 @@ DYNAMIC_KEYS = (
     *("SkullStripped", "Expert", "ExpertSHA256", "VoxelSize", "VoxelVolume"),
     *("EffectiveVoxelVolume", "Device", "IntensityScaling", "AffineDeterminant"),
     "Interpolation",
-    *("RegistrationScore", "BrainCoverage", "Warnings"),
+    *("RegistrationScore", "BrainCoverage", "SliceProfileWidth", "Warnings"),
 )
 
 
@@ -266,6 +266,7 @@ def describe(tmp_path, **changes):
         "registration_score": 0.71239,
         "affine_determinant": 0.7,
         "brain_coverage": 0.93,
+        "slice_width": 2.4,
         "voxel_size": [0.7, 0.7, 3.0],
         "voxel_volume": 1.47,
         "effective_voxel_volume": 3.0,

@@ -15,9 +15,10 @@ from remix_bids.evaluation.settings import CUBIC, ESTIMATE
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.registry import ExpertRecord, Registry, load_registry
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import Acquisition, from_header
+from remix_bids.simulation.acquisition import Acquisition
 from remix_bids.simulation.degrade import acquire, add_rician_noise
 from remix_bids.simulation.estimate import linear_estimate
+from remix_bids.simulation.slices import from_scan
 from remix_bids.spatial import Grid
 
 
@@ -59,6 +60,12 @@ def see(
     return native
 
 
+def as_told(native: Tensor, acquisition: Acquisition) -> Acquisition:
+    """What the app would know of an acquisition: its header, and what the scan itself shows."""
+    grid, world = acquisition.grid, acquisition.world
+    return from_scan(native.numpy(), grid, world, acquisition.thickness)
+
+
 def restore(
     native: Tensor, acquisition: Acquisition, grid: Grid, records: Iterable[ExpertRecord]
 ) -> dict[str, Tensor]:
@@ -69,8 +76,7 @@ def restore(
     dict of str to (x, y, z) tensor on ``grid``
         Keys are `CUBIC`, `ESTIMATE` and the names of the experts.
     """
-    told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
-    estimate = linear_estimate(native, told, grid)
+    estimate = linear_estimate(native, as_told(native, acquisition), grid)
     results = {CUBIC: interpolate(native, acquisition, grid, "cubic"), ESTIMATE: estimate.image}
     for record in records:
         results[record.name] = run_expert(estimate, record, _network(record))

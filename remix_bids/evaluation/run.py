@@ -27,7 +27,7 @@ from remix_bids.evaluation.metrics import (
     ssim,
 )
 from remix_bids.evaluation.registered import as_registered
-from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.rows import finished, read_rows, row_key, write_rows
 from remix_bids.evaluation.segmenters import (
     Segmenter,
@@ -40,7 +40,7 @@ from remix_bids.evaluation.segmenters import (
 )
 from remix_bids.evaluation.settings import BACK_PROJECTION, CUBIC, EXPERT, METHODS, SHIPS, Settings
 from remix_bids.experts.registry import GENERAL, is_fine_enough
-from remix_bids.simulation.acquisition import Acquisition, from_header
+from remix_bids.simulation.acquisition import Acquisition
 from remix_bids.simulation.degrade import restore_grid, seen_from
 from remix_bids.simulation.estimate import make_consistent
 from remix_bids.simulation.noise import scan_noise
@@ -78,8 +78,8 @@ def _restored(
     elif is_fine_enough(acquisition.grid.voxel_sizes):
         found[SHIPS] = found[CUBIC]
     elif record.consistency_steps:
-        # Back-projection is given the true profile, the experts only what header and sidecar tell.
-        told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+        # Back-projection is given the true profile, the experts only what header and scan tell.
+        told = as_told(native, acquisition)
         sigma = scan_noise(native.numpy(), acquisition.grid)
         image, _ = make_consistent(
             found[EXPERT], native, told, grid, sigma, record.consistency_steps

@@ -142,8 +142,7 @@ class ValidateT1w(SimpleInterface):
 
 CUBIC = "cubic B-spline, once, from the native grid"
 ESTIMATE = (
-    "a linear estimate from the native grid, given the nominal profile of the slices; the network "
-    "adds to it"
+    "a linear estimate from the native grid, given the width of its slices; the network adds to it"
 )
 
 
@@ -153,6 +152,7 @@ class _DescribeInputSpec(BaseInterfaceInputSpec):
     registration_score = traits.Float(mandatory=True)
     affine_determinant = traits.Float(mandatory=True, desc="native volume per template volume")
     brain_coverage = traits.Float(mandatory=True)
+    slice_width = traits.Float(mandatory=True, desc="FWHM of the slices' profile, mm")
     voxel_size = traits.List(traits.Float, mandatory=True)
     voxel_volume = traits.Float(mandatory=True)
     effective_voxel_volume = traits.Float(mandatory=True)
@@ -200,6 +200,7 @@ class Describe(SimpleInterface):
             "AffineDeterminant": round(given.affine_determinant, 6),
             "BrainCoverage": round(given.brain_coverage, 4),
             "VoxelSize": [round(side, 4) for side in given.voxel_size],
+            "SliceProfileWidth": round(given.slice_width, 2),
             "VoxelVolume": given.voxel_volume,
             "EffectiveVoxelVolume": given.effective_voxel_volume,
             "Expert": given.expert,

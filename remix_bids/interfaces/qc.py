@@ -32,19 +32,19 @@ def load(path: str) -> np.ndarray:
 
 
 def load_scan(path: str, transform: str, thickness: Any) -> tuple[np.ndarray, Acquisition]:
-    """A scan on its native grid, and the acquisition that its header tells."""
+    """A scan on its native grid, and the acquisition that its header and itself tell."""
     import nibabel as nb
     import torch
 
     from remix_bids.registration.itk import read_itk_affine
-    from remix_bids.simulation.acquisition import from_header
+    from remix_bids.simulation.slices import from_scan
     from remix_bids.spatial import Grid
 
     torch.set_num_threads(1)  # the voxels must not depend on the number of processors
     data = load(path)
     grid = Grid(data.shape, nb.load(path).affine)
     known = thickness if isdefined(thickness) else None
-    return data, from_header(grid, read_itk_affine(transform), known)
+    return data, from_scan(data, grid, read_itk_affine(transform), known)
 
 
 def load_brain(inputs: Any) -> np.ndarray:

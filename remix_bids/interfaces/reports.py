@@ -342,6 +342,7 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
     rows = [
         ("Image", source),
         ("Voxels", " x ".join(f"{side:.3g}" for side in sidecar["VoxelSize"]) + " mm"),
+        ("Slices", f"blur as a Gaussian of {sidecar['SliceProfileWidth']:.1f} mm (FWHM) does"),
         (
             "Voxel volume",
             f"{sidecar['VoxelVolume']:g} mm3, effective {sidecar['EffectiveVoxelVolume']:g} mm3",

@@ -17,7 +17,7 @@ from torch import Tensor
 from remix_bids.simulation.acquisition import Acquisition, Sampling, sampling
 from remix_bids.spatial import WORKING_GRID, Grid, along_axis, coverage, index_map, resample
 
-_FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
+FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 _MARGIN_MM = 3.0
 GAUSSIAN_REACH, _BOX_REACH = 1.3, 0.75  # widths from its centre at which a profile ends
 _NEGLIGIBLE = 0.6  # mm; a kernel this narrow takes less than 15 % off the highest frequency of 1 mm
@@ -52,7 +52,7 @@ def profile(offsets: np.ndarray, width: float, box: bool) -> np.ndarray:
         A box smoothed over a fifth of its width, as of a good slice-selective pulse; else Gaussian.
     """
     if not box:
-        return np.exp(-0.5 * (offsets / (width * _FWHM_TO_SIGMA)) ** 2)
+        return np.exp(-0.5 * (offsets / (width * FWHM_TO_SIGMA)) ** 2)
     slope = 0.1 * width
     edge = (width / 2 - np.abs(offsets)) / slope
     return 0.5 * (1 + np.tanh(edge))

@@ -9,7 +9,7 @@ back-projection (docs/experiments.md).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
@@ -17,8 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.simulation.acquisition import Acquisition, slice_axis
-from remix_bids.simulation.degrade import GAUSSIAN_REACH, LowResolution, acquire, seen_from
+from remix_bids.simulation.acquisition import Acquisition
+from remix_bids.simulation.degrade import (
+    FWHM_TO_SIGMA,
+    GAUSSIAN_REACH,
+    LowResolution,
+    acquire,
+    seen_from,
+)
 from remix_bids.simulation.noise import freedom_from_noise, scan_noise, tissue_level
 from remix_bids.spatial import (
     WORKING_GRID,
@@ -36,8 +42,6 @@ IMAGE_WIDTH = 1.0  # mm, of the voxels that are to be estimated
 _NODE_MM = 0.5
 _NEGLIGIBLE = 1e-5  # weights below are dropped: most of a matrix is, and need not be multiplied
 _UNKNOWN_MEAN = 100.0  # variance of the mean, so large that the data alone determine it
-_FWHM_TO_SIGMA = 0.42466
-_SLICE = 0.87  # of the nominal width: between the Gaussian and the box that a slice may be
 
 
 def _covariance(distance: np.ndarray, width: float) -> np.ndarray:
@@ -45,7 +49,7 @@ def _covariance(distance: np.ndarray, width: float) -> np.ndarray:
     lags = np.arange(0.0, distance.max() + 0.2, 0.1)
     z = np.linspace(-3.5, 3.5, 71)
     weights = np.exp(-0.5 * z**2)
-    blurred = np.exp(-((np.abs(lags[:, None] + width * _FWHM_TO_SIGMA * z) / LENGTH) ** POWER))
+    blurred = np.exp(-((np.abs(lags[:, None] + width * FWHM_TO_SIGMA * z) / LENGTH) ** POWER))
     return np.interp(distance, lags, blurred @ weights / weights.sum())
 
 
@@ -159,9 +163,8 @@ def make_consistent(
 ) -> tuple[Tensor, int]:
     """Add what an image lacks to explain the scan.
 
-    x <- x + w E(y - A x), E `estimate_image`, A the acquisition with a profile between a Gaussian
-    and a box, since no header tells which it was. w falls from 1 to 0 with the noise of the scan:
-    an expert has removed it, and a step would bring it back.
+    x <- x + w E(y - A x), E `estimate_image`, A the acquisition. w falls from 1 to 0 with the noise
+    of the scan: an expert has removed it, and a step would bring it back.
 
     Parameters
     ----------
@@ -181,12 +184,8 @@ def make_consistent(
     weight = freedom_from_noise(noise, native.cpu().numpy(), acquisition.grid)
     if weight == 0:
         return image, 0
-    widths = np.array(acquisition.widths)
-    widths[slice_axis(acquisition.grid)] *= _SLICE
-    x, y, z = (float(width) for width in widths)
-    seen = replace(acquisition, widths=(x, y, z))
     for _ in range(steps):
-        missing = unexplained(image, native, seen, grid)
+        missing = unexplained(image, native, acquisition, grid)
         image = image + weight * estimate_image(missing, acquisition, grid)
         if native.min() >= 0:
             image = image.clamp(min=0)

@@ -19,6 +19,7 @@ from remix_bids.simulation.acquisition import Acquisition, Geometry, draw, from_
 from remix_bids.simulation.degrade import acquire, add_rician_noise, bounding_box
 from remix_bids.simulation.estimate import linear_estimate
 from remix_bids.simulation.intensity import intensity_scale
+from remix_bids.simulation.slices import as_if_measured
 from remix_bids.spatial import WORKING_GRID, Grid
 
 COARSE_MM = 1.2
@@ -238,9 +239,10 @@ def simulate_pair(
 
 
 def as_told(rng: np.random.Generator, acquisition: Acquisition, source: Grid) -> Acquisition:
-    """The acquisition as header and sidecar tell it: half of the sidecars give the thickness."""
+    """The acquisition as scan and header tell it: half of the sidecars give the thickness."""
     known = rng.random() < 0.5
-    return from_header(source, acquisition.world, acquisition.thickness if known else None)
+    told = from_header(source, acquisition.world, acquisition.thickness if known else None)
+    return as_if_measured(rng, told, acquisition)
 
 
 def _crop_grid(crop: tuple[slice, ...]) -> Grid:

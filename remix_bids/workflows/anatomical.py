@@ -203,7 +203,11 @@ def init_anat_remix_wf(
             (
                 to_mni,
                 describe,
-                [("brain_coverage", "brain_coverage"), ("warnings", "coverage_warnings")],
+                [
+                    ("brain_coverage", "brain_coverage"),
+                    ("slice_width", "slice_width"),
+                    ("warnings", "coverage_warnings"),
+                ],
             ),
             (
                 select_expert,

@@ -1,0 +1,127 @@
+"""The width of slices, found in scans whose width is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from remix_bids.simulation.acquisition import BRAIN_CENTRE, Acquisition, from_header
+from remix_bids.simulation.degrade import acquire, add_rician_noise
+from remix_bids.simulation.slices import (
+    ERROR_MM,
+    EXPECTED,
+    as_if_measured,
+    from_scan,
+    measure_slices,
+    true_width,
+    width_of_slices,
+)
+from remix_bids.spatial import Grid
+
+SIDE = 112
+SPACING = 4.0
+
+
+def centred(shape, sizes):
+    """A grid around the middle of the brain."""
+    affine = np.diag([*sizes, 1.0])
+    affine[:3, 3] = BRAIN_CENTRE - np.array(sizes) * (np.array(shape) - 1) / 2
+    return Grid(tuple(shape), affine)
+
+
+GRID = centred((SIDE, SIDE, SIDE), (1.0, 1.0, 1.0))
+
+
+def stacked(width, box=False, axis=2, spacing=SPACING):
+    sizes, shape, widths, boxes = [1.0] * 3, [SIDE] * 3, [1.0] * 3, [False] * 3
+    sizes[axis], shape[axis] = spacing, round(SIDE / spacing)
+    widths[axis], boxes[axis] = width, box
+    return Acquisition(centred(shape, sizes), np.eye(4), tuple(widths), tuple(boxes))
+
+
+@pytest.fixture(scope="module")
+def texture():
+    """A random field, as rough along all axes (a brain is calmer from back to front)."""
+    noise = torch.randn((1, 1, SIDE, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
+    smooth = noise
+    for _ in range(2):
+        smooth = torch.nn.functional.avg_pool3d(smooth, (3, 3, 3), stride=1, padding=1)
+    return 1 + 0.15 * smooth[0, 0] / smooth.std()
+
+
+def header(acquisition):
+    return from_header(acquisition.grid, acquisition.world)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize(("width", "box"), [(2.5, False), (4.0, False), (4.0, True)])
+def test_the_width_of_slices_is_found(texture, width, box, axis):
+    acquisition = stacked(width, box, axis)
+    native = acquire(texture, acquisition, GRID).numpy()
+    found = measure_slices(native, header(acquisition))
+    assert found == pytest.approx(true_width(acquisition), abs=0.6)
+
+
+def test_brains_are_calmer_from_back_to_front(texture):
+    """What varies as little across coronal slices as elsewhere is taken to be sharper there."""
+    coronal, axial = (
+        measure_slices(acquire(texture, acquisition, GRID).numpy(), header(acquisition))
+        for acquisition in (stacked(4.0, axis=1), stacked(4.0, axis=2))
+    )
+    assert axial - 1.2 < coronal < axial - 0.4
+
+
+def test_noise_does_not_move_it(texture):
+    acquisition = stacked(3.5)
+    native = acquire(texture, acquisition, GRID)
+    noisy = add_rician_noise(native, 0.02, torch.Generator().manual_seed(1)).numpy()
+    clean = measure_slices(native.numpy(), header(acquisition))
+    assert measure_slices(noisy, header(acquisition)) == pytest.approx(clean, abs=0.3)
+    # Nor does the scanner's scale.
+    assert measure_slices(500 * native.numpy(), header(acquisition)) == pytest.approx(clean)
+
+
+def test_a_box_blurs_less_than_a_gaussian_as_wide():
+    assert true_width(stacked(4.0)) == pytest.approx(4.0)
+    assert 2.5 < true_width(stacked(4.0, box=True)) < 3.1
+
+
+@pytest.mark.parametrize("what", ["nothing in it", "thin slices", "beside the brain"])
+def test_where_nothing_can_be_measured_the_header_tells(texture, what):
+    acquisition = stacked(1.9, spacing=1.9) if what == "thin slices" else stacked(3.0)
+    native = acquire(texture, acquisition, GRID).numpy()
+    if what == "nothing in it":
+        native[:] = 0
+    world = np.eye(4)
+    if what == "beside the brain":
+        world[0, 3] = 400
+    assert measure_slices(native, replace(header(acquisition), world=world)) is None
+    told = from_header(acquisition.grid, world, 1.8)
+    found = from_scan(native, acquisition.grid, world, 1.8)
+    assert width_of_slices(found) == pytest.approx(EXPECTED * width_of_slices(told))
+    assert found.widths[:2] == told.widths[:2]
+
+
+def test_what_is_used_lies_between_header_and_measurement(texture):
+    acquisition = stacked(2.4)
+    native = acquire(texture, acquisition, GRID).numpy()
+    told = header(acquisition)
+    measured = measure_slices(native, told)
+    used = width_of_slices(from_scan(native, acquisition.grid, acquisition.world))
+    assert measured < used < EXPECTED * width_of_slices(told)
+
+
+def test_training_errs_as_measurements_do():
+    rng = np.random.default_rng(0)
+    true = stacked(6.0, box=True, spacing=6.0)
+    told = header(true)
+    widths = [width_of_slices(as_if_measured(rng, told, true)) for _ in range(500)]
+    expected = EXPECTED * width_of_slices(told)
+    assert true_width(true) < np.mean(widths) < 0.3 * expected + 0.7 * true_width(true)
+    assert 0.7 * ERROR_MM < np.std(widths) < ERROR_MM
+    # Where slices do not stand out there is no measurement, so nothing is drawn.
+    thin = stacked(1.9, spacing=1.9)
+    assert width_of_slices(as_if_measured(rng, header(thin), thin)) == pytest.approx(
+        EXPECTED * width_of_slices(header(thin))
+    )
