@@ -94,6 +94,7 @@ def test_known_affine_brings_known_voxels(tmp_path, template):
     assert set(np.unique(load(result.coverage))) == {0, 1}
     brain = load(str(template)) > 0
     assert result.brain_coverage == pytest.approx(covered[brain].mean())
+    assert 0 < result.slice_width < 4
     assert len(result.warnings) == (result.brain_coverage < 0.95)
 
 

@@ -72,24 +72,25 @@ def _inside_brain(acquisition: Acquisition) -> np.ndarray:
     to_template = np.linalg.inv(acquisition.world) @ acquisition.grid.affine
     indices = np.ogrid[tuple(slice(n) for n in acquisition.grid.shape)]
     distance = np.zeros((1, 1, 1))
-    for row, centre, radius in zip(to_template, BRAIN_CENTRE, _INSIDE, strict=False):
+    for row, centre, radius in zip(to_template[:3], BRAIN_CENTRE, _INSIDE, strict=True):
         place = sum(factor * index for factor, index in zip(row, (*indices, 1.0), strict=True))
         distance = distance + ((place - centre) / radius) ** 2
     return np.asarray(distance < 1)
 
 
 def _variation(data: np.ndarray, mask: np.ndarray, axis: int, lag: int) -> float:
-    """Logarithm of the mean squared second difference along an axis; NaN if there are too few."""
+    """Logarithm of the mean squared second difference along an axis; NaN if nothing tells it."""
     n = data.shape[axis]
+    if n <= 2 * lag:
+        return float("nan")
     first, middle, last = (
         tuple(slice(start, start + n - 2 * lag) if a == axis else slice(None) for a in range(3))
         for start in (0, lag, 2 * lag)
     )
-    if n <= 2 * lag:
-        return float("nan")
     inside = mask[first] & mask[middle] & mask[last]
     found = (data[first] - 2 * data[middle] + data[last])[inside]
-    return float(np.log(np.mean(found.astype(np.float64) ** 2))) if len(found) > _FEWEST else np.nan
+    varies = len(found) > _FEWEST and found.any()
+    return float(np.log(np.mean(found.astype(np.float64) ** 2))) if varies else float("nan")
 
 
 def measure_slices(native: np.ndarray, acquisition: Acquisition) -> float | None:

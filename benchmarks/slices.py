@@ -1,0 +1,87 @@
+"""How well the width of slices is found in scans, by their spacing and by noise.
+
+    python benchmarks/slices.py PREPARED
+
+``PREPARED`` is a folder of ``remix-experts prepare``. Persons of the validation split (or another)
+through acquisitions of the training bank, drawn as in training, half of the sidecars silent about
+the thickness. Errors in mm of the width (FWHM) of the Gaussian that blurs as much as the simulated
+slice: what is expected of the header alone, what is measured, and what is used, which weighs the
+two. It prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from remix_bids.evaluation.restore import see
+from remix_bids.simulation.acquisition import draw, from_header, load_bank, slice_axis
+from remix_bids.simulation.slices import (
+    EXPECTED,
+    from_scan,
+    measure_slices,
+    true_width,
+    width_of_slices,
+)
+from remix_bids.training.dataset import COARSE_CLASSES, Person, load_persons
+
+BANDS = ((2, 3), (3, 4), (4, 5), (5, 6), (6, 9))  # mm between slices
+
+
+def errors(person: Person, klass: int, noise: float, seed: tuple[int, ...]) -> list[float] | None:
+    """Spacing, and errors of header, measurement and what is used, mm; None if not measured."""
+    rng = np.random.default_rng(seed)
+    bank = [g for g in load_bank() if not g.held_out]
+    acquisition = draw(rng, bank, [person.world], klass)
+    thickness = acquisition.thickness if rng.random() < 0.5 else None
+    grid, world = acquisition.grid, acquisition.world
+    native = see(person.image.float(), acquisition, noise, seed).numpy()
+    told = from_header(grid, world, thickness)
+    measured = measure_slices(native, told)
+    if measured is None:
+        return None
+    used = width_of_slices(from_scan(native, grid, world, thickness))
+    expected = EXPECTED * width_of_slices(told)
+    true = true_width(acquisition)
+    spacing = float(grid.voxel_sizes[slice_axis(grid)])
+    return [spacing, expected - true, measured - true, used - true]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("prepared", type=Path)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--draws", type=int, default=3, help="acquisitions of a person and class")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.02])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    persons = load_persons(given.prepared, given.split)
+    print("| noise | mm between slices | scans | header, RMSE | measured, mean | SD | used, RMSE |")
+    print("|" + " --- |" * 7)
+    for noise in given.noise:
+        found = np.array(
+            [
+                row
+                for j in range(given.draws)
+                for k in COARSE_CLASSES
+                for i, person in enumerate(persons)
+                if (row := errors(person, k, noise, (8, j, k, i))) is not None
+            ]
+        )
+        for low, high in (*BANDS, (BANDS[0][0], BANDS[-1][1])):
+            rows = found[(found[:, 0] >= low) & (found[:, 0] < high)]
+            if len(rows):
+                header, _, used = np.sqrt((rows[:, 1:] ** 2).mean(axis=0))
+                mean, sd = rows[:, 2].mean(), rows[:, 2].std()
+                print(
+                    f"| {noise:.0%} | {low} to {high} | {len(rows)} | {header:.2f} | {mean:+.2f} "
+                    f"| {sd:.2f} | {used:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
