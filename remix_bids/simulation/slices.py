@@ -3,8 +3,8 @@
 Header and sidecar give spacing and nominal thickness, but not the profile: slices of 5 mm may be
 Gaussians as wide, or boxes that blur no more than a Gaussian of 3.5 mm. A brain varies about as
 much along any axis, though; so the scan is blurred along its pixels until it varies there as much
-as across its slices, and the blur that this takes is that of the slices (the idea of ESPRESO: Han,
-Remedios, Schär, Carass, Prince 2021, there with a learned judge).
+as across its slices, and the blur that this takes is that of the slices. The idea is that of
+ESPRESO (Han, Remedios, Schär, Carass, Prince 2023), where an adversarial network is the judge.
 """
 
 from __future__ import annotations
