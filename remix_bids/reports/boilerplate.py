@@ -59,10 +59,10 @@ def _registration(config: RunConfig) -> str:
         f"Each image was registered to {template} {cited} by an affine "
         f"transform with ANTs (antspyx {_version('antspyx')}) [@ants; @antsx], from several starts "
         f"(random seed {config.random_seed}), and brought to a grid of 181 x 217 x 181 voxels of "
-        "1 mm by a linear estimate (ordinary kriging along each axis, given the width of the slices' "
-        "profile), which takes off part of their blur. The width of thick slices was measured in "
-        "the image, by the blur along its pixels after which it varies there as much as across its "
-        "slices [after the idea of @espreso]."
+        "1 mm by a linear estimate (ordinary kriging along each axis, given the width of the "
+        "slices' profile), which takes off part of their blur. The width of thick slices was "
+        "measured in the image, by the blur along its pixels after which it varies there as much "
+        "as across its slices [@espreso]."
     )
 
 
