@@ -112,6 +112,17 @@ def test_what_is_used_lies_between_header_and_measurement(texture):
     assert measured < used < EXPECTED * width_of_slices(told)
 
 
+@pytest.mark.parametrize(("wrong", "least", "most"), [(8.0, 1.1, 1.2), (0.1, 0.5, 0.6)])
+def test_what_no_slice_can_be_is_not_believed(texture, monkeypatch, wrong, least, most):
+    """Such as ghosts along the pixels make of a scan."""
+    acquisition = stacked(3.0)
+    monkeypatch.setattr("remix_bids.simulation.slices.measure_slices", lambda *_: wrong)
+    native = texture[..., :28].numpy()
+    told = from_header(acquisition.grid, acquisition.world, 2.5)
+    used = width_of_slices(from_scan(native, acquisition.grid, acquisition.world, 2.5))
+    assert least < used / width_of_slices(told) < most
+
+
 def test_training_errs_as_measurements_do():
     rng = np.random.default_rng(0)
     true = stacked(6.0, box=True, spacing=6.0)

@@ -28,7 +28,11 @@ from remix_bids.spatial import Grid
 EXPECTED = 0.87
 """Width of slices over what the header tells: between the Gaussian and the box that they may be."""
 SPREAD = 0.16
-"""Standard deviation of that ratio, of the spacing."""
+"""Standard deviation of that ratio."""
+PLAUSIBLE = 0.55, 1.13
+"""Least and largest of that ratio that is simulated. On real scans other things than slices differ
+between the axes, too (artefacts along one of them, interpolated matrices): what is measured beyond
+is not the slices."""
 ERROR_MM = 0.38
 """Standard deviation of what is measured."""
 STANDS_OUT = 2.0
@@ -143,19 +147,20 @@ def measure_slices(native: np.ndarray, acquisition: Acquisition) -> float | None
     return spacing * float(np.interp(0.0, np.maximum.accumulate(surplus), _TRIED))
 
 
-def _weighed(measured: float | None, header: float, spacing: float) -> float:
+def _weighed(measured: float | None, header: float) -> float:
     """What is measured, and what is expected of such a header, by what each is worth."""
     expected = EXPECTED * header
     if measured is None:
         return expected
-    spread = (SPREAD * spacing) ** 2
-    return expected + spread / (spread + ERROR_MM**2) * (measured - expected)
+    spread = (SPREAD * header) ** 2
+    likely = expected + spread / (spread + ERROR_MM**2) * (measured - expected)
+    return float(np.clip(likely, PLAUSIBLE[0] * header, PLAUSIBLE[1] * header))
 
 
 def _with_slices(acquisition: Acquisition, measured: float | None) -> Acquisition:
     axis = slice_axis(acquisition.grid)
     widths = list(acquisition.widths)
-    widths[axis] = _weighed(measured, widths[axis], float(acquisition.grid.voxel_sizes[axis]))
+    widths[axis] = _weighed(measured, widths[axis])
     return replace(acquisition, widths=(widths[0], widths[1], widths[2]))
 
 
