@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +25,13 @@ from remix_bids.evaluation.restore import registry_of, see
 from remix_bids.experts.inference import enhance, load_expert
 from remix_bids.experts.registry import Registry
 from remix_bids.simulation import estimate
-from remix_bids.simulation.acquisition import Acquisition, draw, load_bank, slice_axis
-from remix_bids.simulation.slices import from_scan, true_width, width_of_slices
+from remix_bids.simulation.acquisition import Acquisition, draw, load_bank
+from remix_bids.simulation.slices import from_scan, true_width, width_of_slices, with_width
 from remix_bids.spatial import Grid
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 
 MOST_STEPS = 4
 WIDTHS = (0.8, 0.9, 1.0, 1.1, 1.2)  # of slices, relative to the one used
-
-
-def with_width(told: Acquisition, width: float) -> Acquisition:
-    widths = list(told.widths)
-    widths[slice_axis(told.grid)] = width
-    return replace(told, widths=(widths[0], widths[1], widths[2]))
 
 
 def step(image: Tensor, native: Tensor, told: Acquisition, grid: Grid, noise: float) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nb
 import numpy as np
 import pytest
+from nipype.interfaces.base import Undefined
 
 from remix_bids.derivatives import IGNORED, write_dataset_files, write_text
 from remix_bids.errors import GraphError, InputImageError
@@ -287,13 +288,21 @@ def test_sidecar_of_a_resampled_copy(tmp_path):
     assert content["Interpolation"].startswith("cubic B-spline, once")
 
 
+def test_slices_that_were_not_measured_have_no_width(tmp_path):
+    content = json.loads(describe(tmp_path, slice_width=Undefined).read_text())
+    assert "SliceProfileWidth" not in content
+    assert "too thin to be measured" in summary_html("sub-01_T1w", content)
+
+
 def test_sidecar(tmp_path):
     content = json.loads(describe(tmp_path).read_text())
     assert content["Warnings"] == ["Header: x", "Coverage: y & z"]
     assert content["Sources"] == STATIC["Sources"]
     assert set(content) == {*STATIC, *DYNAMIC_KEYS}
     assert content["Interpolation"].startswith("a linear estimate")
+    assert content["SliceProfileWidth"] == 2.4
     page = summary_html("sub-01_T1w", content)
+    assert "a Gaussian of 2.4 mm" in page
     assert "effective &lt;volume&gt;" in page
     assert "Coverage: y &amp; z" in page
 

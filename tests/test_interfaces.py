@@ -9,6 +9,7 @@ import nibabel as nb
 import numpy as np
 import pytest
 import torch
+from nipype.interfaces.base import isdefined
 
 from remix_bids.experts.registry import load_registry
 from remix_bids.experts.unet import ResidualUNet
@@ -94,7 +95,7 @@ def test_known_affine_brings_known_voxels(tmp_path, template):
     assert set(np.unique(load(result.coverage))) == {0, 1}
     brain = load(str(template)) > 0
     assert result.brain_coverage == pytest.approx(covered[brain].mean())
-    assert 0 < result.slice_width < 4
+    assert not isdefined(result.slice_width)  # a ramp tells nothing of its slices
     assert len(result.warnings) == (result.brain_coverage < 0.95)
 
 

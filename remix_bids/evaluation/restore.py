@@ -63,7 +63,7 @@ def see(
 def as_told(native: Tensor, acquisition: Acquisition) -> Acquisition:
     """What the app would know of an acquisition: its header, and what the scan itself shows."""
     grid, world = acquisition.grid, acquisition.world
-    return from_scan(native.numpy(), grid, world, acquisition.thickness)
+    return from_scan(native.cpu().numpy(), grid, world, acquisition.thickness)
 
 
 def restore(

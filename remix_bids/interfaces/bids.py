@@ -152,7 +152,7 @@ class _DescribeInputSpec(BaseInterfaceInputSpec):
     registration_score = traits.Float(mandatory=True)
     affine_determinant = traits.Float(mandatory=True, desc="native volume per template volume")
     brain_coverage = traits.Float(mandatory=True)
-    slice_width = traits.Float(mandatory=True, desc="FWHM of the slices' profile, mm")
+    slice_width = traits.Float(desc="FWHM of the slices' profile, mm, where measured")
     voxel_size = traits.List(traits.Float, mandatory=True)
     voxel_volume = traits.Float(mandatory=True)
     effective_voxel_volume = traits.Float(mandatory=True)
@@ -200,7 +200,9 @@ class Describe(SimpleInterface):
             "AffineDeterminant": round(given.affine_determinant, 6),
             "BrainCoverage": round(given.brain_coverage, 4),
             "VoxelSize": [round(side, 4) for side in given.voxel_size],
-            "SliceProfileWidth": round(given.slice_width, 2),
+            "SliceProfileWidth": (
+                round(given.slice_width, 2) if isdefined(given.slice_width) else None
+            ),
             "VoxelVolume": given.voxel_volume,
             "EffectiveVoxelVolume": given.effective_voxel_volume,
             "Expert": given.expert,

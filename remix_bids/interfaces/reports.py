@@ -338,11 +338,15 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
         why = f"the nearest to {volume}; rule: {sidecar['SelectionRule']}"
     if expert == "none":
         why = "all voxel sides are near 1 mm, nothing is to be gained; a resampled copy"
+    slices = "too thin to be measured; taken as header and sidecar tell"
+    if "SliceProfileWidth" in sidecar:
+        width = sidecar["SliceProfileWidth"]
+        slices = f"blur as a Gaussian of {width:.1f} mm (FWHM) does, measured in the scan"
     timings = sidecar.get("Timings", {})
     rows = [
         ("Image", source),
         ("Voxels", " x ".join(f"{side:.3g}" for side in sidecar["VoxelSize"]) + " mm"),
-        ("Slices", f"blur as a Gaussian of {sidecar['SliceProfileWidth']:.1f} mm (FWHM) does"),
+        ("Slices", slices),
         (
             "Voxel volume",
             f"{sidecar['VoxelVolume']:g} mm3, effective {sidecar['EffectiveVoxelVolume']:g} mm3",

@@ -33,7 +33,7 @@ class _ToWorkingGridOutputSpec(TraitedSpec):
     rest = File(exists=True, desc="what the estimate leaves unexplained of the scan")
     coverage = File(exists=True, desc="1 where the scanner has measured")
     brain_coverage = traits.Float(desc="part of the template's brain that was measured")
-    slice_width = traits.Float(desc="FWHM of the slices' profile, mm, as far as the scan shows it")
+    slice_width = traits.Float(desc="FWHM of the slices' profile, mm, where it can be measured")
     warnings = traits.List(Str)
 
 
@@ -49,21 +49,23 @@ class ToWorkingGrid(SimpleInterface):
 
         from remix_bids import spatial
         from remix_bids.registration.itk import read_itk_affine
+        from remix_bids.simulation.acquisition import from_header
         from remix_bids.simulation.degrade import restore_grid
         from remix_bids.simulation.estimate import linear_estimate
-        from remix_bids.simulation.slices import from_scan, width_of_slices
+        from remix_bids.simulation.slices import measure_slices, weighed, width_of_slices
 
         torch.set_num_threads(1)  # the voxels must not depend on the number of processors
         image = nb.load(self.inputs.in_file)
         data = np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
         native = torch.from_numpy(data.copy())
         thickness = self.inputs.slice_thickness
-        acquisition = from_scan(
-            data,
+        told = from_header(
             spatial.Grid(data.shape, image.affine),
             read_itk_affine(self.inputs.transform),
             thickness if isdefined(thickness) else None,
         )
+        measured = measure_slices(data, told)
+        acquisition = weighed(measured, told)
         interpolated = restore_grid(native, acquisition.grid, acquisition.world)
         estimate = linear_estimate(native, acquisition)
 
@@ -85,7 +87,8 @@ class ToWorkingGrid(SimpleInterface):
         )
         part = float(inside[brain].mean()) if brain.any() else 0.0
         self._results["brain_coverage"] = part
-        self._results["slice_width"] = width_of_slices(acquisition)
+        if measured is not None:
+            self._results["slice_width"] = width_of_slices(acquisition)
         self._results["warnings"] = []
         if part < COVERED_ENOUGH:
             self._results["warnings"] = [

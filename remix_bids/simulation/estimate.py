@@ -122,7 +122,7 @@ class Estimate(LowResolution):
     ----------
     rest : (x, y, z) tensor
         Estimated from what the first estimate does not explain of the scan: noise, and detail where
-        the true profile is not the nominal one. Part of it is in ``image`` already (`trust`); zero
+        the true profile is not the assumed one. Part of it is in ``image`` already (`trust`); zero
         where nothing was acquired.
     noise : float
         Of the scan, as far as it can be told from the scan (`remix_bids.simulation.noise`).

@@ -24,24 +24,26 @@ from remix_bids.simulation.acquisition import (
 from remix_bids.simulation.degrade import FWHM_TO_SIGMA, kernel_width, profile
 from remix_bids.spatial import Grid
 
-# Chosen on training persons, docs/experiments.md.
+# Chosen on simulated scans of training persons (`benchmarks/slices.py --split train`). Ratios are
+# widths over the width that a header makes likely (`from_header`).
 EXPECTED = 0.87
-"""Width of slices over what the header tells: between the Gaussian and the box that they may be."""
-SPREAD = 0.16
-"""Standard deviation of that ratio."""
-PLAUSIBLE = 0.55, 1.13
-"""Least and largest of that ratio that is simulated. On real scans other things than slices differ
-between the axes, too (artefacts along one of them, interpolated matrices): what is measured beyond
-is not the slices."""
+"""Ratio that is expected: between the Gaussian and the box that slices may be."""
+_SPREAD = 0.16  # standard deviation of the ratio
+_PLAUSIBLE = 0.55, 1.13
+# Hardly a slice that is simulated lies beyond. On real scans more than slices differs between the
+# axes (ghosts along one of them, interpolated matrices): what lies beyond is not the slices.
 ERROR_MM = 0.38
 """Standard deviation of what is measured."""
-STANDS_OUT = 2.0
-"""Slices this many times as thick as pixels can be measured. Thinner ones drown in how much sharper
-scanners are along one axis than along another."""
+_STANDS_OUT = 2.0
+# Spacing over pixel size from which slices are measured. Thinner ones drown in how much sharper
+# scanners are along one axis than along another.
+_MOST_GAP = 0.3
+# Part of the spacing. Across wider gaps neighbouring slices have too little in common.
 
 _CALMER = 0.2  # log variance of differences, by which brains vary less from back to front
 _INSIDE = np.array([64.0, 80.0, 62.0])  # mm, half axes of an ellipsoid that is mostly brain
 _FEWEST = 2000  # differences, below which nothing is measured
+_FLAT = 1e-4  # of the brightness; differences as small are rounding
 _TRIED = np.linspace(0.4, 1.3, 7)  # of the spacing
 
 
@@ -65,10 +67,12 @@ def width_of_slices(acquisition: Acquisition) -> float:
     return float(acquisition.widths[slice_axis(acquisition.grid)])
 
 
-def measurable(acquisition: Acquisition) -> bool:
+def measurable(told: Acquisition) -> bool:
     """Whether the slices of a scan stand out enough to be measured."""
-    sizes = np.sort(acquisition.grid.voxel_sizes)
-    return bool(sizes[2] >= STANDS_OUT * max(sizes[1], 1.0))
+    sizes = np.sort(told.grid.voxel_sizes)
+    # A header that says 1 x 1 x 2 mm may mean a little less.
+    stands_out = sizes[2] > 0.99 * _STANDS_OUT * max(sizes[1], 1.0)
+    return bool(stands_out and width_of_slices(told) > (1 - _MOST_GAP) * sizes[2])
 
 
 def _inside_brain(acquisition: Acquisition) -> np.ndarray:
@@ -93,19 +97,45 @@ def _variation(data: np.ndarray, mask: np.ndarray, axis: int, lag: int) -> float
     )
     inside = mask[first] & mask[middle] & mask[last]
     found = (data[first] - 2 * data[middle] + data[last])[inside]
-    varies = len(found) > _FEWEST and found.any()
-    return float(np.log(np.mean(found.astype(np.float64) ** 2))) if varies else float("nan")
+    if len(found) <= _FEWEST:
+        return float("nan")
+    square = float(np.mean(found.astype(np.float64) ** 2))
+    return float(np.log(square)) if square > _FLAT**2 else float("nan")
 
 
-def measure_slices(native: np.ndarray, acquisition: Acquisition) -> float | None:
+def _surplus(
+    data: np.ndarray, inside: np.ndarray, told: Acquisition, axis: int, across: int
+) -> np.ndarray:
+    """How much more (log variance) data vary across slices than along an axis that is blurred.
+
+    For every blur of `_TRIED`; grows with it, and is 0 where the blur is that of the slices.
+    """
+    sizes = told.grid.voxel_sizes
+    spacing, size = float(sizes[across]), float(sizes[axis])
+    # The distance of slices in pixels lies between two whole numbers, or is one.
+    fewer = int(spacing / size)
+    more = np.log(spacing / size / fewer) / np.log((fewer + 1) / fewer)
+    lags = {lag: share for lag, share in ((fewer, 1 - more), (fewer + 1, more)) if share > 1e-6}
+    found = np.zeros(len(_TRIED))
+    for i, ratio in enumerate(_TRIED):
+        blur = np.sqrt(max((ratio * spacing) ** 2 - told.widths[axis] ** 2, 0.0))
+        sigma = blur * FWHM_TO_SIGMA / size
+        blurred = gaussian_filter1d(data, sigma, axis, truncate=3) if sigma > 0 else data
+        along = sum(share * _variation(blurred, inside, axis, lag) for lag, share in lags.items())
+        found[i] = _variation(blurred, inside, across, 1) - along
+    return found
+
+
+def measure_slices(native: np.ndarray, told: Acquisition) -> float | None:
     """Width of the slices' profile, as it is found in a scan.
 
     Parameters
     ----------
     native : (x, y, z) array
-        On ``acquisition.grid``.
-    acquisition : Acquisition
-        Its width along the slice axis is not looked at.
+        On ``told.grid``.
+    told : Acquisition
+        As `from_header` gives it; how wide it takes slices to be only decides whether they can be
+        measured.
 
     Returns
     -------
@@ -113,55 +143,49 @@ def measure_slices(native: np.ndarray, acquisition: Acquisition) -> float | None
         Full width at half maximum of the Gaussian that blurs as much, mm; 0.4 to 1.3 of the
         spacing. None where slices do not stand out, or too little brain was scanned.
     """
-    if not measurable(acquisition):
+    if not measurable(told):
         return None
-    grid, across = acquisition.grid, slice_axis(acquisition.grid)
-    inside = _inside_brain(acquisition)
+    inside = _inside_brain(told)
     if not inside.any():
         return None
-    cut = tuple(
-        slice(int(where.min()), int(where.max()) + 1) for where in np.nonzero(inside)
-    )  # blurred from its own edge on, as if all beyond were like it
+    # Blurred from the edge of this box on, as if all beyond were like it.
+    cut = tuple(slice(int(where.min()), int(where.max()) + 1) for where in np.nonzero(inside))
     inside = inside[cut]
     data = native[cut].astype(np.float32)
-    inside &= data > 0.05 * np.percentile(data[inside], 75)
-    spacing = float(grid.voxel_sizes[across])
-    directions = np.linalg.inv(acquisition.world)[:3, :3] @ grid.affine[:3, :3]
+    bright = float(np.percentile(data[inside], 75))
+    if not bright > 0:
+        return None
+    data /= bright
+    inside &= data > 0.05
+    across = slice_axis(told.grid)
+    directions = np.linalg.inv(told.world)[:3, :3] @ told.grid.affine[:3, :3]
     back_to_front = (directions[1] / np.linalg.norm(directions, axis=0)) ** 2
     surplus = np.zeros(len(_TRIED))
     for axis in {0, 1, 2} - {across}:
-        size = float(grid.voxel_sizes[axis])
-        fewer = int(spacing / size)
-        share = np.log(spacing / size / fewer) / np.log((fewer + 1) / fewer)
-        for i, ratio in enumerate(_TRIED):
-            blur = np.sqrt(max((ratio * spacing) ** 2 - acquisition.widths[axis] ** 2, 0.0))
-            sigma = blur * FWHM_TO_SIGMA / size
-            blurred = gaussian_filter1d(data, sigma, axis, truncate=3) if sigma > 0 else data
-            along = (1 - share) * _variation(blurred, inside, axis, fewer)
-            along += share * _variation(blurred, inside, axis, fewer + 1)
-            surplus[i] += _variation(blurred, inside, across, 1) - along
+        surplus += _surplus(data, inside, told, axis, across)
         surplus -= _CALMER * (back_to_front[axis] - back_to_front[across])
     if not np.isfinite(surplus).all():
         return None
-    # It grows with the blur along the pixels; where it is zero, both vary alike.
+    spacing = float(told.grid.voxel_sizes[across])
     return spacing * float(np.interp(0.0, np.maximum.accumulate(surplus), _TRIED))
 
 
-def _weighed(measured: float | None, header: float) -> float:
-    """What is measured, and what is expected of such a header, by what each is worth."""
-    expected = EXPECTED * header
-    if measured is None:
-        return expected
-    spread = (SPREAD * header) ** 2
-    likely = expected + spread / (spread + ERROR_MM**2) * (measured - expected)
-    return float(np.clip(likely, PLAUSIBLE[0] * header, PLAUSIBLE[1] * header))
-
-
-def _with_slices(acquisition: Acquisition, measured: float | None) -> Acquisition:
-    axis = slice_axis(acquisition.grid)
+def with_width(acquisition: Acquisition, width: float) -> Acquisition:
+    """An acquisition with another width (FWHM, mm) of its slices."""
     widths = list(acquisition.widths)
-    widths[axis] = _weighed(measured, widths[axis])
+    widths[slice_axis(acquisition.grid)] = width
     return replace(acquisition, widths=(widths[0], widths[1], widths[2]))
+
+
+def weighed(measured: float | None, told: Acquisition) -> Acquisition:
+    """What a header tells, its slices as wide as it and what was measured make likely."""
+    header = width_of_slices(told)
+    width = EXPECTED * header
+    if measured is not None:
+        spread = (_SPREAD * header) ** 2
+        width += spread / (spread + ERROR_MM**2) * (measured - width)
+        width = float(np.clip(width, _PLAUSIBLE[0] * header, _PLAUSIBLE[1] * header))
+    return with_width(told, width)
 
 
 def from_scan(
@@ -186,7 +210,7 @@ def from_scan(
         expected of such a header make likely; as is expected where nothing can be measured.
     """
     told = from_header(grid, world, thickness)
-    return _with_slices(told, measure_slices(native, told))
+    return weighed(measure_slices(native, told), told)
 
 
 def as_if_measured(rng: np.random.Generator, told: Acquisition, true: Acquisition) -> Acquisition:
@@ -195,4 +219,4 @@ def as_if_measured(rng: np.random.Generator, told: Acquisition, true: Acquisitio
     Training simulates parts of heads, too small to measure slices in.
     """
     error = rng.normal(0, ERROR_MM)
-    return _with_slices(told, true_width(true) + error if measurable(told) else None)
+    return weighed(true_width(true) + error if measurable(told) else None, told)

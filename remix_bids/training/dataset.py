@@ -231,14 +231,14 @@ def simulate_pair(
         native = add_rician_noise(native, rng.uniform(0, augment.noise_range), generator)
     if rng.random() < augment.truncate:
         native, source = truncated(rng, native, acquisition, augment.truncate_range)
-    low = linear_estimate(native, as_told(rng, acquisition, source), grid)
+    low = linear_estimate(native, as_if_told(rng, acquisition, source), grid)
     scale = intensity_scale(low.image, low.covered)
     inputs, scan = network_input(low, scale)
     target = slices_last(image[crop] / scale, low.sampling.axis)
     return Pair(inputs, scan, target, COARSE_DETAIL if person.coarse else 1.0)
 
 
-def as_told(rng: np.random.Generator, acquisition: Acquisition, source: Grid) -> Acquisition:
+def as_if_told(rng: np.random.Generator, acquisition: Acquisition, source: Grid) -> Acquisition:
     """The acquisition as scan and header tell it: half of the sidecars give the thickness."""
     known = rng.random() < 0.5
     told = from_header(source, acquisition.world, acquisition.thickness if known else None)
