@@ -4,7 +4,7 @@
     python benchmarks/pictures.py BIDS OUT docs/pictures
 
 One JPEG for each scan: a cut across its slices through the middle of the brain, the same intensity
-window in all panels. Back-projection is given the nominal profile, as the expert is, and as many
+window in all panels. Back-projection is given the measured profile, as the expert is, and as many
 steps as the protocol found best with noise.
 """
 

@@ -2,11 +2,11 @@
 
     python benchmarks/slices.py PREPARED
 
-``PREPARED`` is a folder of ``remix-experts prepare``. Persons of the validation split (or another)
-through acquisitions of the training bank, drawn as in training, half of the sidecars silent about
-the thickness. Errors in mm of the width (FWHM) of the Gaussian that blurs as much as the simulated
-slice: what is expected of the header alone, what is measured, and what is used, which weighs the
-two. It prints a Markdown table.
+``PREPARED`` is a folder of ``remix-experts prepare``. Persons of the validation split (or another),
+but for those whose image is coarser than 1.2 mm, through acquisitions of the training bank, drawn
+as in training, half of the sidecars silent about the thickness. Errors in mm of the width (FWHM) of
+the Gaussian that blurs as much as the simulated slice: what is expected of the header alone, what
+is measured, and what is used, which weighs the two. It prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from remix_bids.simulation.slices import (
     true_width,
     width_of_slices,
 )
-from remix_bids.training.dataset import COARSE_CLASSES, Person, load_persons
+from remix_bids.training.dataset import Person, load_persons
 
+CLASSES = range(2, 8)
 BANDS = ((2, 3), (3, 4), (4, 5), (5, 6), (6, 9))  # mm between slices
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.02])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    persons = load_persons(given.prepared, given.split)
+    persons = [p for p in load_persons(given.prepared, given.split) if not p.coarse]
     print("| noise | mm between slices | scans | header, RMSE | measured, mean | SD | used, RMSE |")
     print("|" + " --- |" * 7)
     for noise in given.noise:
@@ -66,11 +67,11 @@ def main() -> None:
             [
                 row
                 for j in range(given.draws)
-                for k in COARSE_CLASSES
+                for k in CLASSES
                 for i, person in enumerate(persons)
                 if (row := errors(person, k, noise, (8, j, k, i))) is not None
             ]
-        )
+        ).reshape(-1, 4)
         for low, high in (*BANDS, (BANDS[0][0], BANDS[-1][1])):
             rows = found[(found[:, 0] >= low) & (found[:, 0] < high)]
             if len(rows):

@@ -62,7 +62,7 @@ def _registration(config: RunConfig) -> str:
         "1 mm by a linear estimate (ordinary kriging along each axis, given the width of the "
         "slices' profile), which takes off part of their blur. The width of thick slices was "
         "measured in the image, by the blur along its pixels after which it varies there as much "
-        "as across its slices [@espreso]."
+        "as across its slices, an idea of [@espreso]."
     )
 
 
