@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from remix_bids.evaluation.metrics import eroded, psnr
-from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.experts.registry import Registry
 from remix_bids.simulation.acquisition import draw, load_bank, to_working_grid
@@ -37,7 +37,7 @@ def gains(
         truth = sharpened(person.image.float(), amount)
         crop, grid = crop_to_foreground(truth, 64)
         native, truth = see(truth, acquisition, noise, seed), truth[crop]
-        made = restore(native, acquisition, grid, [experts[str(klass)]])
+        made = restore(native, as_told(native, acquisition), grid, [experts[str(klass)]])
         seen = coverage(to_working_grid(acquisition), native.shape, person.image.shape)
         mask = eroded((truth > 0.05) & seen[crop], 2)
         found.append(psnr(made[str(klass)], truth, mask) - psnr(made[CUBIC], truth, mask))

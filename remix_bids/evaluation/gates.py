@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from remix_bids.evaluation.metrics import correlation, eroded, psnr
-from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.evaluation.table import bootstrap_interval, by_person
 from remix_bids.experts.registry import Registry, effective_voxel_volume, voxel_volume
@@ -82,7 +82,8 @@ def run_gates(
         crop, grid = crop_to_foreground(truth, 64)
         native = see(truth, acquisition, noise, [seed, number])
         names = {"paper": case.paper, "effective": case.effective}
-        results = restore(native, acquisition, grid, [registry[n] for n in names.values()])
+        told = as_told(native, acquisition)
+        results = restore(native, told, grid, [registry[n] for n in names.values()])
         truth = truth[crop]
         seen = coverage(to_working_grid(acquisition), acquisition.grid.shape, person.image.shape)  # type: ignore[arg-type]
         mask = eroded((truth > 0.05) & seen[crop], erosion)

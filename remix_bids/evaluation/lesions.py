@@ -20,7 +20,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from remix_bids.evaluation.cases import Case
-from remix_bids.evaluation.restore import registry_of, restore, see
+from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC, ESTIMATE
 from remix_bids.evaluation.table import by_person
 from remix_bids.simulation.acquisition import slice_axis, to_working_grid
@@ -199,7 +199,7 @@ def run_case(case: Case, experts_dir: Path | None) -> list[dict]:
 
     def restored(image: Tensor) -> dict[str, Tensor]:
         native = see(image, acquisition, case.noise, case.seed)
-        results = restore(native, acquisition, grid, [record])
+        results = restore(native, as_told(native, acquisition), grid, [record])
         return {name if name != record.name else "expert": x for name, x in results.items()}
 
     mapping = to_working_grid(acquisition)

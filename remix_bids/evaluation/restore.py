@@ -67,17 +67,22 @@ def as_told(native: Tensor, acquisition: Acquisition) -> Acquisition:
 
 
 def restore(
-    native: Tensor, acquisition: Acquisition, grid: Grid, records: Iterable[ExpertRecord]
+    native: Tensor, told: Acquisition, grid: Grid, records: Iterable[ExpertRecord]
 ) -> dict[str, Tensor]:
     """Cubic interpolation, the linear estimate, and some experts on it.
+
+    Parameters
+    ----------
+    told : Acquisition
+        See `as_told`.
 
     Returns
     -------
     dict of str to (x, y, z) tensor on ``grid``
         Keys are `CUBIC`, `ESTIMATE` and the names of the experts.
     """
-    estimate = linear_estimate(native, as_told(native, acquisition), grid)
-    results = {CUBIC: interpolate(native, acquisition, grid, "cubic"), ESTIMATE: estimate.image}
+    estimate = linear_estimate(native, told, grid)
+    results = {CUBIC: interpolate(native, told, grid, "cubic"), ESTIMATE: estimate.image}
     for record in records:
         results[record.name] = run_expert(estimate, record, _network(record))
     return results

@@ -65,7 +65,9 @@ def _restored(
     networks = [registry[GENERAL]] if GENERAL in asked else []
     if EXPERT in asked or SHIPS in asked:
         networks.append(record)
-    found = restore(native, acquisition, grid, networks)
+    # Back-projection is given the true profile, the experts only what header and scan tell.
+    told = as_told(native, acquisition)
+    found = restore(native, told, grid, networks)
     if record in networks:
         found[EXPERT] = found.pop(record.name)
     found["linear"] = interpolate(native, acquisition, grid, "linear")
@@ -78,8 +80,6 @@ def _restored(
     elif is_fine_enough(acquisition.grid.voxel_sizes):
         found[SHIPS] = found[CUBIC]
     elif record.consistency_steps:
-        # Back-projection is given the true profile, the experts only what header and scan tell.
-        told = as_told(native, acquisition)
         sigma = scan_noise(native.numpy(), acquisition.grid)
         image, _ = make_consistent(
             found[EXPERT], native, told, grid, sigma, record.consistency_steps

@@ -21,6 +21,7 @@ from remix_bids.interfaces.resample import brain_on_working_grid, save_on_workin
 
 if TYPE_CHECKING:  # torch is imported by workers only
     from remix_bids.simulation.acquisition import Acquisition
+    from remix_bids.spatial import Grid
 
 
 def load(path: str) -> np.ndarray:
@@ -31,20 +32,26 @@ def load(path: str) -> np.ndarray:
     return np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3]).copy()
 
 
-def load_scan(path: str, transform: str, thickness: Any) -> tuple[np.ndarray, Acquisition]:
-    """A scan on its native grid, and the acquisition that its header and itself tell."""
+def load_scan(path: str, transform: str) -> tuple[np.ndarray, Grid, np.ndarray]:
+    """A scan, its native grid, and the way to there from template world."""
     import nibabel as nb
     import torch
 
     from remix_bids.registration.itk import read_itk_affine
-    from remix_bids.simulation.slices import from_scan
     from remix_bids.spatial import Grid
 
     torch.set_num_threads(1)  # the voxels must not depend on the number of processors
     data = load(path)
-    grid = Grid(data.shape, nb.load(path).affine)
-    known = thickness if isdefined(thickness) else None
-    return data, from_scan(data, grid, read_itk_affine(transform), known)
+    return data, Grid(data.shape, nb.load(path).affine), read_itk_affine(transform)
+
+
+def load_acquisition(inputs: Any) -> tuple[np.ndarray, Acquisition]:
+    """The scan of inputs with ``thickness``, and the acquisition that header and scan tell."""
+    from remix_bids.simulation.slices import from_scan
+
+    data, grid, world = load_scan(inputs.native, inputs.transform)
+    known = inputs.thickness if isdefined(inputs.thickness) else None
+    return data, from_scan(data, grid, world, known)
 
 
 def load_brain(inputs: Any) -> np.ndarray:
@@ -95,9 +102,7 @@ class CheckConsistency(SimpleInterface):
         from remix_bids.qc import consistency
         from remix_bids.spatial import WORKING_GRID, index_map, resample
 
-        native, acquisition = load_scan(
-            self.inputs.native, self.inputs.transform, self.inputs.thickness
-        )
+        native, acquisition = load_acquisition(self.inputs)
         covered, brain = load(self.inputs.coverage) > 0, load_brain(self.inputs)
         enhanced = load(self.inputs.enhanced)
         try:
@@ -164,9 +169,7 @@ class EnforceConsistency(SimpleInterface):
         from remix_bids.simulation.noise import scan_noise
         from remix_bids.spatial import WORKING_GRID
 
-        native, acquisition = load_scan(
-            self.inputs.native, self.inputs.transform, self.inputs.thickness
-        )
+        native, acquisition = load_acquisition(self.inputs)
         image, steps = make_consistent(
             torch.from_numpy(load(self.inputs.enhanced)),
             torch.from_numpy(native),
@@ -201,17 +204,17 @@ class MeasureQuality(SimpleInterface):
         from remix_bids.simulation.acquisition import slice_axis
         from remix_bids.spatial import WORKING_GRID, index_map
 
-        _, acquisition = load_scan(self.inputs.native, self.inputs.transform, None)
-        mapping = index_map(WORKING_GRID, acquisition.grid, acquisition.world)
+        _, grid, world = load_scan(self.inputs.native, self.inputs.transform)
+        mapping = index_map(WORKING_GRID, grid, world)
         axes = np.linalg.inv(mapping)[:3, :3]
         brain = load_brain(self.inputs) & (load(self.inputs.coverage) > 0)
         images = {"before": load(self.inputs.before), "after": load(self.inputs.after)}
         tissues = quality.find_tissues(images["before"], brain)
-        determinant = float(np.linalg.det(acquisition.world[:3, :3]))
+        determinant = float(np.linalg.det(world[:3, :3]))
         figures: dict[str, Any] = {}
         for name, image in images.items():
             measured = quality.image_quality(
-                image, brain, axes, slice_axis(acquisition.grid), tissues, determinant
+                image, brain, axes, slice_axis(grid), tissues, determinant
             )
             figures |= {f"{key}_{name}": value for key, value in measured.items()}
         figures["residual_energy"] = quality.residual_energy(
@@ -247,12 +250,9 @@ class ToNative(SimpleInterface):
         from remix_bids.native import to_native_space
         from remix_bids.spatial import coverage, index_map
 
-        native, acquisition = load_scan(self.inputs.native, self.inputs.transform, None)
+        native, source, world = load_scan(self.inputs.native, self.inputs.transform)
         residual = torch.from_numpy(load(self.inputs.after) - load(self.inputs.before))
-        source = acquisition.grid
-        image, part, grid = to_native_space(
-            torch.from_numpy(native), source, acquisition.world, residual
-        )
+        image, part, grid = to_native_space(torch.from_numpy(native), source, world, residual)
         covered = coverage(index_map(grid, source), source.shape, grid.shape)
         header = nb.load(self.inputs.native).header
         codes = [int(header[k]) for k in ("sform_code", "qform_code") if k in header]
@@ -346,9 +346,7 @@ class CompareLeftOut(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         from remix_bids.qc import left_out
 
-        native, acquisition = load_scan(
-            self.inputs.native, self.inputs.transform, self.inputs.thickness
-        )
+        native, acquisition = load_acquisition(self.inputs)
         found = left_out.compare(
             native,
             load(self.inputs.kept),

@@ -83,9 +83,9 @@ class PlotEnhancement(SimpleInterface):
         from remix_bids.qc.consistency import thick_slices
         from remix_bids.spatial import WORKING_GRID, index_map
 
-        native, acquisition = load_scan(self.inputs.native, self.inputs.transform, None)
-        mapping = index_map(WORKING_GRID, acquisition.grid, acquisition.world)
-        before = thick_slices(native, acquisition.grid, mapping, WORKING_GRID.shape)
+        native, grid, world = load_scan(self.inputs.native, self.inputs.transform)
+        mapping = index_map(WORKING_GRID, grid, world)
+        before = thick_slices(native, grid, mapping, WORKING_GRID.shape)
         before *= load(self.inputs.coverage) > 0
         text = mosaic.before_after(before, load(self.inputs.after), _seen(self.inputs))
         path = Path(runtime.cwd) / "enhancement.svg"
@@ -338,7 +338,7 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
         why = f"the nearest to {volume}; rule: {sidecar['SelectionRule']}"
     if expert == "none":
         why = "all voxel sides are near 1 mm, nothing is to be gained; a resampled copy"
-    slices = "too thin to be measured; taken as header and sidecar tell"
+    slices = "as header and sidecar tell; too thin to be measured, or too far apart, or too few"
     if "SliceProfileWidth" in sidecar:
         width = sidecar["SliceProfileWidth"]
         slices = f"blur as a Gaussian of {width:.1f} mm (FWHM) does, measured in the scan"

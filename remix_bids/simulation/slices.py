@@ -24,8 +24,8 @@ from remix_bids.simulation.acquisition import (
 from remix_bids.simulation.degrade import FWHM_TO_SIGMA, kernel_width, profile
 from remix_bids.spatial import Grid
 
-# Chosen on simulated scans of training persons (`benchmarks/slices.py --split train`). Ratios are
-# widths over the width that a header makes likely (`from_header`).
+# Chosen by hand on simulated scans of training persons; `benchmarks/slices.py` prints what errors
+# they leave. Ratios are widths over the width that a header makes likely (`from_header`).
 EXPECTED = 0.87
 """Ratio that is expected: between the Gaussian and the box that slices may be."""
 _SPREAD = 0.16  # standard deviation of the ratio
