@@ -155,7 +155,7 @@ def run_enforced(person: Person, index: int, klass: int, noise: float, experts: 
     told = as_told(native, acquisition)
     estimate = linear_estimate(native, told)
     expert = run_expert(estimate, record, load_expert(record)).numpy()
-    given = (torch.from_numpy(expert), native, told, WORKING_GRID, estimate.noise)
+    given = (torch.from_numpy(expert), native, told, WORKING_GRID)
     enforced, steps = make_consistent(*given)
     enforced = enforced.numpy() * covered
     mask = eroded(torch.from_numpy(brain), 2)

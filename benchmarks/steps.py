@@ -5,9 +5,9 @@
 ``PREPARED`` is a folder of ``remix-experts prepare``. Brains of the validation split through
 acquisitions of the training bank, drawn as in training, half of the sidecars silent about the
 thickness. PSNR (dB) against that of the network alone, mean over the cases of a class: after one
-step and more, as they ship (giving way to noise); without noise one step by the width of the slices
-that it assumes, relative to the one used, and with the true width; with noise the whole step. It
-prints Markdown tables.
+step and more, as they ship (giving way to noise); quarters of a step, and the best of them for each
+scan; without noise a whole step by the width of the slices that it assumes, relative to the one
+used, and with the true width. It prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from remix_bids.simulation.slices import from_scan, true_width, width_of_slices,
 from remix_bids.spatial import Grid
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 
-MOST_STEPS = 4
+MOST_STEPS = 3
+SHARES = (0.25, 0.5, 0.75, 1.0)
 WIDTHS = (0.8, 0.9, 1.0, 1.1, 1.2)  # of slices, relative to the one used
 
 
-def step(image: Tensor, native: Tensor, told: Acquisition, grid: Grid, noise: float) -> Tensor:
-    return estimate.make_consistent(image, native, told, grid, noise)[0]
+def step(image: Tensor, native: Tensor, told: Acquisition, grid: Grid) -> Tensor:
+    """What a whole step adds, whatever the noise."""
+    missing = estimate.unexplained(image, native, told, grid)
+    return estimate.estimate_image(missing, told, grid)
 
 
 def run(
@@ -54,18 +57,23 @@ def run(
     image = torch.from_numpy(enhance(low, record, network=load_expert(record)))
     mask = eroded((truth > 0.05) & low.covered, 2)
     before = psnr(image, truth, mask)
-    found, stepped = {}, image
+    found = {}
     for count in range(1, MOST_STEPS + 1):
-        stepped = step(stepped, native, told, grid, low.noise)
+        stepped, _ = estimate.make_consistent(image, native, told, grid, count)
         found["1 step" if count == 1 else f"{count} steps"] = psnr(stepped, truth, mask) - before
-    used = width_of_slices(told)
-    assumed = {"the whole step": used}
+
+    def gain(addition: Tensor) -> float:
+        return psnr((image + addition).clamp(min=0), truth, mask) - before
+
+    addition = step(image, native, told, grid)
+    parts = {f"{share:.0%} of a step": gain(share * addition) for share in SHARES}
+    found |= parts | {"the best of these and none": max(0.0, *parts.values())}
     if not noise:
+        used = width_of_slices(told)
         assumed = {f"width times {factor}": factor * used for factor in WIDTHS}
         assumed["true width"] = true_width(acquisition)
-    for name, width in assumed.items():
-        made = step(image, native, with_width(told, width), grid, 0.0)
-        found[name] = psnr(made, truth, mask) - before
+        for name, width in assumed.items():
+            found[name] = gain(step(image, native, with_width(told, width), grid))
     return found
 
 

@@ -43,7 +43,6 @@ from remix_bids.experts.registry import GENERAL, is_fine_enough
 from remix_bids.simulation.acquisition import Acquisition
 from remix_bids.simulation.degrade import restore_grid, seen_from
 from remix_bids.simulation.estimate import make_consistent
-from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import Grid, coverage, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
 
@@ -80,10 +79,7 @@ def _restored(
     elif is_fine_enough(acquisition.grid.voxel_sizes):
         found[SHIPS] = found[CUBIC]
     elif record.consistency_steps:
-        sigma = scan_noise(native.numpy(), acquisition.grid)
-        image, _ = make_consistent(
-            found[EXPERT], native, told, grid, sigma, record.consistency_steps
-        )
+        image, _ = make_consistent(found[EXPERT], native, told, grid, record.consistency_steps)
         found[SHIPS] = seen_from(image, acquisition.grid, acquisition.world, grid).image
     else:
         found[SHIPS] = found[EXPERT]

@@ -166,7 +166,6 @@ class EnforceConsistency(SimpleInterface):
         import torch
 
         from remix_bids.simulation.estimate import make_consistent
-        from remix_bids.simulation.noise import scan_noise
         from remix_bids.spatial import WORKING_GRID
 
         native, acquisition = load_acquisition(self.inputs)
@@ -175,7 +174,6 @@ class EnforceConsistency(SimpleInterface):
             torch.from_numpy(native),
             acquisition,
             WORKING_GRID,
-            scan_noise(native, acquisition.grid),
             self.inputs.steps,
         )
         path = Path(runtime.cwd) / "enforced.nii.gz"

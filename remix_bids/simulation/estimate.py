@@ -25,7 +25,7 @@ from remix_bids.simulation.degrade import (
     acquire,
     seen_from,
 )
-from remix_bids.simulation.noise import freedom_from_noise, scan_noise, tissue_level
+from remix_bids.simulation.noise import scan_noise, share_of_detail, tissue_level
 from remix_bids.spatial import (
     WORKING_GRID,
     Grid,
@@ -158,13 +158,13 @@ def make_consistent(
     native: Tensor,
     acquisition: Acquisition,
     grid: Grid,
-    noise: float = 0.0,
     steps: int = 1,
 ) -> tuple[Tensor, int]:
     """Add what an image lacks to explain the scan.
 
     x <- x + w E(y - A x), E `estimate_image`, A the acquisition. w falls from 1 to 0 with the noise
-    of the scan: an expert has removed it, and a step would bring it back.
+    that an expert has removed: a step would bring it back
+    (`remix_bids.simulation.noise.share_of_detail`).
 
     Parameters
     ----------
@@ -172,8 +172,6 @@ def make_consistent(
         On ``grid``; what it holds where nothing was acquired does not matter.
     native : tensor
         The scan, on ``acquisition.grid``.
-    noise : float
-        Of the scan, in its units (`remix_bids.simulation.noise`).
     steps : int
 
     Returns
@@ -181,11 +179,13 @@ def make_consistent(
     tensor like ``image``, and the number of steps taken
         None if the scan is noisy.
     """
-    weight = freedom_from_noise(noise, native.cpu().numpy(), acquisition.grid)
+    missing = unexplained(image, native, acquisition, grid)
+    weight = share_of_detail(missing.cpu().numpy(), native.cpu().numpy(), acquisition.grid)
     if weight == 0:
         return image, 0
-    for _ in range(steps):
-        missing = unexplained(image, native, acquisition, grid)
+    for step in range(steps):
+        if step:
+            missing = unexplained(image, native, acquisition, grid)
         image = image + weight * estimate_image(missing, acquisition, grid)
         if native.min() >= 0:
             image = image.clamp(min=0)
