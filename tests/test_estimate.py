@@ -120,7 +120,7 @@ def test_consistency_steps_explain_the_scan(texture):
     assert max(left[1:]) < 0.3 * left[0]  # no nearer: the profile is not known
 
 
-@pytest.mark.parametrize(("level", "expected"), [(0.001, 1), (0.0022, 1), (0.003, 0.5), (0.004, 0)])
+@pytest.mark.parametrize(("level", "expected"), [(0.001, 1), (0.002, 1), (0.0028, 0.5), (0.004, 0)])
 @pytest.mark.parametrize("bright", [1.0, 250.0])
 def test_a_noisy_scan_is_not_made_consistent(level, expected, bright):
     """What is everywhere is noise, in units of the image; what is at a few places is detail."""

@@ -162,9 +162,9 @@ def make_consistent(
 ) -> tuple[Tensor, int]:
     """Add what an image lacks to explain the scan.
 
-    x <- x + w E(y - A x), E `estimate_image`, A the acquisition. w falls from 1 to 0 with the noise
-    that an expert has removed: a step would bring it back
-    (`remix_bids.simulation.noise.share_of_detail`).
+    x <- x + E(y' - A x), E `estimate_image`, A the acquisition, y' the scan less the noise in what
+    the image leaves unexplained (`remix_bids.simulation.noise.share_of_detail`): an expert has
+    removed it, and steps would bring it back.
 
     Parameters
     ----------
@@ -183,10 +183,10 @@ def make_consistent(
     weight = share_of_detail(missing.cpu().numpy(), native.cpu().numpy(), acquisition.grid)
     if weight == 0:
         return image, 0
-    for step in range(steps):
-        if step:
-            missing = unexplained(image, native, acquisition, grid)
-        image = image + weight * estimate_image(missing, acquisition, grid)
+    wanted = native - (1 - weight) * missing
+    for _ in range(steps):
+        missing = unexplained(image, wanted, acquisition, grid)
+        image = image + estimate_image(missing, acquisition, grid)
         if native.min() >= 0:
             image = image.clamp(min=0)
     return image, steps

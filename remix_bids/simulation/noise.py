@@ -14,7 +14,7 @@ _TISSUE = 0.3  # of the 99th percentile of what is not zero
 _BLOCK_MM, _FEWEST_BLOCKS = 8.0, 10
 # What an expert leaves of a scan in flat tissue, in units of the image: up to the first there is
 # little noise in it, from the second on nothing else counts (docs/experiments.md).
-_QUIET, _NOISY = 0.0022, 0.0038
+_QUIET, _NOISY = 0.002, 0.0036
 
 
 def tissue_level(native: np.ndarray) -> float:
