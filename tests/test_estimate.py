@@ -127,7 +127,7 @@ def test_a_noisy_scan_is_not_made_consistent(level, expected, bright):
     acquisition = thick()
     native = torch.full(acquisition.grid.shape, bright)
     signs = torch.from_numpy(np.indices(native.shape).sum(axis=0) % 2 * 2 - 1)
-    noise = level * bright * signs.float()
+    noise = 2 * level * bright * signs.float()  # slices four times as thick as pixels are wide
     noise[20:30] *= 10
     assert share_of_detail(noise.numpy(), native.numpy(), acquisition.grid) == pytest.approx(
         expected, abs=0.01

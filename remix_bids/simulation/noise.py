@@ -13,7 +13,8 @@ _MAD_TO_SIGMA = 1.4826
 _TISSUE = 0.3  # of the 99th percentile of what is not zero
 _BLOCK_MM, _FEWEST_BLOCKS = 8.0, 10
 # What an expert leaves of a scan in flat tissue, in units of the image: up to the first there is
-# little noise in it, from the second on nothing else counts (docs/experiments.md).
+# little noise in it, from the second on nothing else counts. Both grow with the root of how much
+# thicker slices are than pixels: more detail is left then (docs/experiments.md).
 _QUIET, _NOISY = 0.002, 0.0036
 
 
@@ -104,5 +105,6 @@ def share_of_detail(missing: np.ndarray, native: np.ndarray, grid: Grid) -> floa
     calm = calm_level(missing, inside, grid)
     if calm is None:
         return 1.0
-    level = calm / intensity_scale(torch.from_numpy(native))
+    pixel, spacing = np.sort(grid.voxel_sizes)[1:]
+    level = calm / intensity_scale(torch.from_numpy(native)) / np.sqrt(spacing / pixel)
     return float(np.clip((_NOISY - level) / (_NOISY - _QUIET), 0, 1))
