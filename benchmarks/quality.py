@@ -156,7 +156,7 @@ def run_enforced(person: Person, index: int, klass: int, noise: float, experts: 
     estimate = linear_estimate(native, told)
     expert = run_expert(estimate, record, load_expert(record)).numpy()
     given = (torch.from_numpy(expert), native, told, WORKING_GRID)
-    enforced, steps = make_consistent(*given)
+    enforced, share = make_consistent(*given)
     enforced = enforced.numpy() * covered
     mask = eroded(torch.from_numpy(brain), 2)
     before, after = (psnr(torch.from_numpy(v), truth, mask) for v in (expert, enforced))
@@ -168,7 +168,7 @@ def run_enforced(person: Person, index: int, klass: int, noise: float, experts: 
             "expert": before,
             "enforced": after,
             "gain": after - before,
-            "steps": steps,
+            "share": share,
         }
     ]
 
@@ -196,7 +196,7 @@ def table_of_outputs(rows: list[dict]) -> str:
 
 def table_of_steps(rows: list[dict]) -> str:
     lines = [
-        "| class | noise | persons | expert dB | enforced dB | gain dB | worst | steps |",
+        "| class | noise | persons | expert dB | enforced dB | gain dB | worst | given back |",
         "|" + "---|" * 8,
     ]
     for klass, noise in dict.fromkeys((row["class"], row["noise"]) for row in rows):
@@ -205,7 +205,7 @@ def table_of_steps(rows: list[dict]) -> str:
         lines.append(
             f"| {klass} | {noise:.0%} | {len(own)} | {mean(own, 'expert')} | "
             f"{mean(own, 'enforced')} | {mean(own, 'gain')} | {worst:.2f} | "
-            f"{mean(own, 'steps', 1)} |"
+            f"{mean(own, 'share', 2)} |"
         )
     return "\n".join(lines)
 

@@ -178,14 +178,14 @@ def test_consistency_steps_agree_and_leave_noise_alone(scan):
     image = 1.0001 * truth
     image[:90] = truth[:90].clamp(max=600)
     clean = acquire(truth, scan.acquisition)
-    found, steps = make_consistent(image, clean, scan.acquisition, WORKING_GRID, 3)
-    assert steps == 3
+    found, share = make_consistent(image, clean, scan.acquisition, WORKING_GRID, 3)
+    assert share == 1
     before, after = (check(scan, v.numpy() * scan.covered) for v in (image, found))
     assert after.median < before.median
     error = [np.abs(v.numpy() - scan.truth)[scan.brain].mean() for v in (image, found)]
     assert error[1] < error[0]
-    same, steps = make_consistent(truth, native, scan.acquisition, WORKING_GRID, 3)
-    assert steps == 0
+    same, share = make_consistent(truth, native, scan.acquisition, WORKING_GRID, 3)
+    assert share == 0
     assert torch.equal(same, truth)
 
 

@@ -163,6 +163,7 @@ class _DescribeInputSpec(BaseInterfaceInputSpec):
     registration_seconds = traits.Float()
     enhancement_seconds = traits.Float()
     consistency_steps = traits.Int(0, usedefault=True, desc="that were taken")
+    consistency_share = traits.Float(1.0, usedefault=True, desc="of the scan's rest, given back")
     validation_warnings = traits.List(Str)
     registration_warnings = traits.List(Str)
     coverage_warnings = traits.List(Str)
@@ -192,7 +193,10 @@ class Describe(SimpleInterface):
         }
         step = None
         if given.consistency_steps:
-            step = f"{given.consistency_steps} step(s) of consistency after the network"
+            step = (
+                f"{given.consistency_steps} step(s) of consistency after the network, with "
+                f"{given.consistency_share:.0%} of what it left unexplained (the rest may be noise)"
+            )
         content = {
             **given.static,
             "SkullStripped": given.skull_stripped,

@@ -151,6 +151,7 @@ class _EnforceConsistencyInputSpec(_ScanInputSpec):
 class _EnforceConsistencyOutputSpec(TraitedSpec):
     out_file = File(exists=True)
     steps = traits.Int(desc="taken; none where the scan is noisy")
+    share = traits.Float(desc="of what the output left unexplained of the scan, given back")
 
 
 class EnforceConsistency(SimpleInterface):
@@ -161,7 +162,7 @@ class EnforceConsistency(SimpleInterface):
 
     def _run_interface(self, runtime: Any) -> Any:
         if self.inputs.steps == 0:
-            self._results.update(out_file=self.inputs.enhanced, steps=0)
+            self._results.update(out_file=self.inputs.enhanced, steps=0, share=0.0)
             return runtime
         import torch
 
@@ -169,7 +170,7 @@ class EnforceConsistency(SimpleInterface):
         from remix_bids.spatial import WORKING_GRID
 
         native, acquisition = load_acquisition(self.inputs)
-        image, steps = make_consistent(
+        image, share = make_consistent(
             torch.from_numpy(load(self.inputs.enhanced)),
             torch.from_numpy(native),
             acquisition,
@@ -178,7 +179,8 @@ class EnforceConsistency(SimpleInterface):
         )
         path = Path(runtime.cwd) / "enforced.nii.gz"
         save_on_working_grid(image.numpy() * (load(self.inputs.coverage) > 0), path)
-        self._results.update(out_file=str(path), steps=steps)
+        steps = self.inputs.steps if share > 0 else 0
+        self._results.update(out_file=str(path), steps=steps, share=share)
         return runtime
 
 

@@ -159,7 +159,7 @@ def make_consistent(
     acquisition: Acquisition,
     grid: Grid,
     steps: int = 1,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, float]:
     """Add what an image lacks to explain the scan.
 
     x <- x + E(y' - A x), E `estimate_image`, A the acquisition, y' the scan less the noise in what
@@ -176,20 +176,20 @@ def make_consistent(
 
     Returns
     -------
-    tensor like ``image``, and the number of steps taken
-        None if the scan is noisy.
+    tensor like ``image``, and the share of what it left unexplained that was given back
+        0, and the image as it was, if all of it may be noise.
     """
     missing = unexplained(image, native, acquisition, grid)
-    weight = share_of_detail(missing.cpu().numpy(), native.cpu().numpy(), acquisition.grid)
-    if weight == 0:
-        return image, 0
-    wanted = native - (1 - weight) * missing
+    share = share_of_detail(missing.cpu().numpy(), native.cpu().numpy(), acquisition.grid)
+    if share == 0:
+        return image, share
+    wanted = native - (1 - share) * missing
     for _ in range(steps):
         missing = unexplained(image, wanted, acquisition, grid)
         image = image + estimate_image(missing, acquisition, grid)
         if native.min() >= 0:
             image = image.clamp(min=0)
-    return image, steps
+    return image, share
 
 
 def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid) -> Tensor:

@@ -1,4 +1,4 @@
-"""How noisy a scan is, from the scan alone."""
+"""How noisy a scan is: from the scan alone, and from what a restored image leaves of it."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def init_anat_remix_wf(
             (to_mni, enforce, [("coverage", "coverage")]),
             (enhance, enforce, [("out_file", "enhanced")]),
             (select_expert, enforce, [("consistency_steps", "steps")]),
-            (enforce, describe, [("steps", "consistency_steps")]),
+            (enforce, describe, [("steps", "consistency_steps"), ("share", "consistency_share")]),
             (enforce, consistency, [("out_file", "enforced")]),
             (validate, consistency, scan),
             (register, consistency, affine),
