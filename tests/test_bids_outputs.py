@@ -294,6 +294,15 @@ def test_slices_that_were_not_measured_have_no_width(tmp_path):
     assert "too thin to be measured" in summary_html("sub-01_T1w", content)
 
 
+@pytest.mark.parametrize(("share", "told"), [(1.0, "2 step(s)"), (0.25, "for 25% of what it left")])
+def test_sidecar_and_report_tell_the_steps_after_the_network(tmp_path, share, told):
+    sidecar = describe(tmp_path, consistency_steps=2, consistency_share=share)
+    content = json.loads(sidecar.read_text())
+    assert told in content["ConsistencyStep"]
+    assert ("may be noise" in content["ConsistencyStep"]) == (share < 1)
+    assert content["ConsistencyStep"] in summary_html("sub-01_T1w", content)
+
+
 def test_sidecar(tmp_path):
     content = json.loads(describe(tmp_path).read_text())
     assert content["Warnings"] == ["Header: x", "Coverage: y & z"]

@@ -193,10 +193,10 @@ class Describe(SimpleInterface):
         }
         step = None
         if given.consistency_steps:
-            step = (
-                f"{given.consistency_steps} step(s) of consistency after the network, with "
-                f"{given.consistency_share:.0%} of what it left unexplained (the rest may be noise)"
-            )
+            step = f"{given.consistency_steps} step(s) of consistency after the network"
+            if given.consistency_share < 1:
+                share = f"{given.consistency_share:.0%} of what it left of the scan"
+                step += f", for {share}: the rest may be noise"
         content = {
             **given.static,
             "SkullStripped": given.skull_stripped,
