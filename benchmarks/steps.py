@@ -82,7 +82,7 @@ def cases(given: argparse.Namespace, noise: float, k: int) -> Iterator[dict[str,
     persons = [p for p in load_persons(given.prepared, "validation") if not p.head]
     for i, person in enumerate(persons[: given.persons]):
         for j in range(given.draws):
-            yield run(person, k, noise, (6, j, k, i), experts)
+            yield run(person, k, noise, (given.seed, j, k, i), experts)
 
 
 def main() -> None:
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=range(1, 8))
     parser.add_argument("--draws", type=int, default=2, help="acquisitions for each")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0, 0.005, 0.01, 0.02])
+    parser.add_argument("--seed", type=int, default=6, help="another one draws other acquisitions")
     parser.add_argument("--experts-dir", type=Path)
     given = parser.parse_args()
     for noise in given.noise:
