@@ -162,8 +162,10 @@ class _DescribeInputSpec(BaseInterfaceInputSpec):
     intensity_scaling = Str(mandatory=True)
     registration_seconds = traits.Float()
     enhancement_seconds = traits.Float()
-    consistency_steps = traits.Int(0, usedefault=True, desc="that were taken")
-    consistency_share = traits.Float(1.0, usedefault=True, desc="of the scan's rest, given back")
+    consistency_steps = traits.Int(0, usedefault=True, desc="that follow the network")
+    consistency_share = traits.Float(
+        0.0, usedefault=True, desc="of what it left of the scan that they gave back"
+    )
     validation_warnings = traits.List(Str)
     registration_warnings = traits.List(Str)
     coverage_warnings = traits.List(Str)
@@ -192,11 +194,11 @@ class Describe(SimpleInterface):
             if isdefined(getattr(given, f"{name}_seconds"))
         }
         step = None
-        if given.consistency_steps:
+        if given.consistency_steps and given.consistency_share > 0:
             step = f"{given.consistency_steps} step(s) of consistency after the network"
             if given.consistency_share < 1:
                 share = f"{given.consistency_share:.0%} of what it left of the scan"
-                step += f", for {share}: the rest may be noise"
+                step += f", for {share}: the scan is noisy"
         content = {
             **given.static,
             "SkullStripped": given.skull_stripped,

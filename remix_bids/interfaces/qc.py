@@ -145,13 +145,14 @@ def _figures(found: Any) -> dict[str, float]:
 class _EnforceConsistencyInputSpec(_ScanInputSpec):
     enhanced = File(exists=True, mandatory=True)
     coverage = File(exists=True, mandatory=True, desc="on the working grid: where the scan is")
-    steps = traits.Int(mandatory=True, desc="at most; none leaves the output as it is")
+    steps = traits.Int(mandatory=True, desc="none leaves the output as it is")
 
 
 class _EnforceConsistencyOutputSpec(TraitedSpec):
     out_file = File(exists=True)
-    steps = traits.Int(desc="taken; none where the scan is noisy")
-    share = traits.Float(desc="of what the output left unexplained of the scan, given back")
+    share = traits.Float(
+        desc="of what the output left unexplained of the scan, given back; none of a noisy scan"
+    )
 
 
 class EnforceConsistency(SimpleInterface):
@@ -162,7 +163,7 @@ class EnforceConsistency(SimpleInterface):
 
     def _run_interface(self, runtime: Any) -> Any:
         if self.inputs.steps == 0:
-            self._results.update(out_file=self.inputs.enhanced, steps=0, share=0.0)
+            self._results.update(out_file=self.inputs.enhanced, share=0.0)
             return runtime
         import torch
 
@@ -179,8 +180,7 @@ class EnforceConsistency(SimpleInterface):
         )
         path = Path(runtime.cwd) / "enforced.nii.gz"
         save_on_working_grid(image.numpy() * (load(self.inputs.coverage) > 0), path)
-        steps = self.inputs.steps if share > 0 else 0
-        self._results.update(out_file=str(path), steps=steps, share=share)
+        self._results.update(out_file=str(path), share=share)
         return runtime
 
 

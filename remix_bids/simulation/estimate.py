@@ -25,7 +25,7 @@ from remix_bids.simulation.degrade import (
     acquire,
     seen_from,
 )
-from remix_bids.simulation.noise import scan_noise, share_of_detail, tissue_level
+from remix_bids.simulation.noise import freedom_from_noise, scan_noise, tissue_level
 from remix_bids.spatial import (
     WORKING_GRID,
     Grid,
@@ -162,9 +162,10 @@ def make_consistent(
 ) -> tuple[Tensor, float]:
     """Add what an image lacks to explain the scan.
 
-    x <- x + E(y' - A x), E `estimate_image`, A the acquisition, y' the scan less the noise in what
-    the image leaves unexplained (`remix_bids.simulation.noise.share_of_detail`): an expert has
-    removed it, and steps would bring it back.
+    x <- x + E(y' - A x), E `estimate_image`, A the acquisition, y' between what the image explains
+    of the scan and the scan itself, the nearer to the scan the less noise is in it
+    (`remix_bids.simulation.noise.freedom_from_noise`): an expert has removed it, and steps would
+    bring it back.
 
     Parameters
     ----------
@@ -179,11 +180,13 @@ def make_consistent(
     tensor like ``image``, and the share of what it left unexplained that was given back
         0, and the image as it was, if all of it may be noise.
     """
-    missing = unexplained(image, native, acquisition, grid)
-    share = share_of_detail(missing.cpu().numpy(), native.cpu().numpy(), acquisition.grid)
+    scan = native.cpu().numpy()
+    share = freedom_from_noise(scan_noise(scan, acquisition.grid), scan, acquisition.grid)
     if share == 0:
         return image, share
-    wanted = native - (1 - share) * missing
+    wanted = native
+    if share < 1:
+        wanted = native - (1 - share) * unexplained(image, native, acquisition, grid)
     for _ in range(steps):
         missing = unexplained(image, wanted, acquisition, grid)
         image = image + estimate_image(missing, acquisition, grid)

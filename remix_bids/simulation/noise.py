@@ -1,4 +1,4 @@
-"""How noisy a scan is: from the scan alone, and from what a restored image leaves of it."""
+"""How noisy a scan is, from the scan alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from remix_bids.spatial import Grid
 
 _MAD_TO_SIGMA = 1.4826
 _TISSUE = 0.3  # of the 99th percentile of what is not zero
-_BLOCK_MM, _FEWEST_BLOCKS = 8.0, 10
-# What an expert leaves of a scan in flat tissue, in units of the image: up to the first there is
-# little noise in it, from the second on nothing else counts. Both grow with the root of how much
-# thicker slices are than pixels: more detail is left then (docs/experiments.md).
-_QUIET, _NOISY = 0.002, 0.0036
+# Fine texture that counts as noise, in units of the image: it grows with the pixels. Chosen on
+# validation persons (docs/experiments.md).
+_TEXTURE, _MOST_TEXTURE, _DOUBT = 0.009, 0.018, 0.25
 
 
 def tissue_level(native: np.ndarray) -> float:
@@ -59,52 +57,20 @@ def scan_noise(native: np.ndarray, grid: Grid, inside: np.ndarray | None = None)
     return _MAD_TO_SIGMA * float(np.median(values)) / 6 if values.size else 0.0
 
 
-def calm_level(values: np.ndarray, inside: np.ndarray, grid: Grid) -> float | None:
-    """Root mean square of values where they are calmest: the lowest tenth of small blocks.
+def freedom_from_noise(noise: float, native: np.ndarray, grid: Grid) -> float:
+    """1 where what `scan_noise` found may all be texture, 0 where there must be noise in it.
 
     Parameters
     ----------
-    values, inside : (x, y, z) arrays
-        On the grid of a scan; only blocks that lie inside count.
-    grid : Grid
-        Of the scan. Blocks are about as large in mm on every grid, at least one slice thick.
-
-    Returns
-    -------
-    float or None
-        None where there are too few blocks.
-    """
-    edges = np.full(3, _BLOCK_MM)
-    edges[slice_axis(grid)] /= 2
-    sizes = np.maximum(1, np.round(edges / grid.voxel_sizes)).astype(int)
-    counts = np.array(values.shape) // sizes
-    shape = [n for pair in zip(counts, sizes, strict=True) for n in pair]
-    cut = tuple(slice(0, n) for n in counts * sizes)
-    tissue = inside[cut].reshape(shape).mean(axis=(1, 3, 5)) > 0.9
-    if tissue.sum() < _FEWEST_BLOCKS:
-        return None
-    squares = (values[cut].astype(np.float64) ** 2).reshape(shape).mean(axis=(1, 3, 5))
-    return float(np.sqrt(np.percentile(squares[tissue], 10)))
-
-
-def share_of_detail(missing: np.ndarray, native: np.ndarray, grid: Grid) -> float:
-    """How much of what an image does not explain of a scan is worth giving back to it, 0 to 1.
-
-    Noise is everywhere, detail is not: where tissue is flat, noise alone is left.
-
-    Parameters
-    ----------
-    missing : (x, y, z) array
-        What is not explained; 0 where that is not known.
+    noise : float
+        Of the scan, in the units of ``native``.
     native : (x, y, z) array
-        The scan.
     grid : Grid
-        Of both.
+        Of the scan.
     """
-    inside = (native > tissue_level(native)) & (missing != 0)
-    calm = calm_level(missing, inside, grid)
-    if calm is None:
+    if noise == 0:
         return 1.0
-    pixel, spacing = np.sort(grid.voxel_sizes)[1:]
-    level = calm / intensity_scale(torch.from_numpy(native)) / np.sqrt(spacing / pixel)
-    return float(np.clip((_NOISY - level) / (_NOISY - _QUIET), 0, 1))
+    pixel = np.delete(grid.voxel_sizes, slice_axis(grid)).max()
+    texture = min(_TEXTURE * pixel**2, _MOST_TEXTURE)
+    level = noise / intensity_scale(torch.from_numpy(native))
+    return float(np.clip((texture - level) / (_DOUBT * texture), 0, 1))
