@@ -299,7 +299,7 @@ def test_sidecar_and_report_tell_the_steps_after_the_network(tmp_path, share, to
     sidecar = describe(tmp_path, consistency_steps=2, consistency_share=share)
     content = json.loads(sidecar.read_text())
     assert told in content["ConsistencyStep"]
-    assert ("scan is noisy" in content["ConsistencyStep"]) == (share < 1)
+    assert ("may be noise" in content["ConsistencyStep"]) == (share < 1)
     assert content["ConsistencyStep"] in summary_html("sub-01_T1w", content)
 
 

@@ -198,7 +198,7 @@ class Describe(SimpleInterface):
             step = f"{given.consistency_steps} step(s) of consistency after the network"
             if given.consistency_share < 1:
                 share = f"{given.consistency_share:.0%} of what it left of the scan"
-                step += f", for {share}: the scan is noisy"
+                step += f", for {share}: the rest may be noise"
         content = {
             **given.static,
             "SkullStripped": given.skull_stripped,
