@@ -212,7 +212,12 @@ def run_validator(config: RunConfig) -> str:
     command = [program, "--ignoreWarnings", "--ignoreNiftiHeaders", str(config.bids_dir)]
     try:
         done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
-            command, capture_output=True, text=True, check=False, timeout=1800
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=1800,
+            env={**os.environ, "DENO_NO_UPDATE_CHECK": "1"},  # Deno would ask its maker's server
         )
     except (OSError, subprocess.SubprocessError) as error:
         return f"bids-validator-deno could not be run: {error}"

@@ -57,7 +57,7 @@ def native_grid(source: Grid) -> Grid:
 
 
 def enhanced_part(mapping: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
-    """How much of the network's residual counts at each voxel of an output grid.
+    """How much of what was added counts at each voxel of an output grid.
 
     Parameters
     ----------

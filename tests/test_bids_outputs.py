@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from nipype.interfaces.base import Undefined
 
+from remix_bids.config import RunConfig
 from remix_bids.derivatives import IGNORED, write_dataset_files, write_text
 from remix_bids.errors import GraphError, InputImageError
+from remix_bids.inputs import run_validator
 from remix_bids.interfaces.bids import DerivativesSink, Describe, check_t1w, is_as_written
 from remix_bids.interfaces.reports import summary_html
 from remix_bids.naming import check_collisions, output_names, split_name
@@ -359,6 +362,22 @@ def test_outputs_pass_the_validator(tmp_path):
     (out / "sub-01/ses-a/anat/sub-01_ses-a_colour-red_T1w.nii.gz").write_bytes(b"")
     done = subprocess.run([VALIDATOR, str(out)], capture_output=True, text=True, check=False)
     assert done.returncode != 0
+
+
+def test_validating_the_input_opens_no_connection(tmp_path, monkeypatch):
+    """Deno asks for its newest version by itself half a second after it has started."""
+    for i in range(300):
+        anat = tmp_path / f"bids/sub-{i:03d}/anat"
+        anat.mkdir(parents=True)
+        (anat / f"sub-{i:03d}_T1w.nii.gz").write_bytes(b"no image")
+    config = RunConfig(tmp_path / "bids", tmp_path / "out")
+    monkeypatch.setenv("HOME", str(tmp_path))  # it asks once a day, and keeps the day there
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        assert "dataset_description.json" in run_validator(config)
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 # --- the report ----------------------------------------------------------------------------------

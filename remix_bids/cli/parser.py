@@ -177,9 +177,9 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--enforce-consistency",
         action="store_true",
-        help="make the output of every expert agree with the acquired voxels by a step of "
-        "back-projection, unless the scan is noisy (default: as many as the table of experts "
-        "tells, none after the general network)",
+        help="at least one step of back-projection after the network, which brings the output back "
+        "to the acquired voxels; less or none if the scan is noisy (default: as many as the table "
+        "of experts tells: the shipped seven have one or two, the general network none)",
     )
     how.add_argument(
         "--leave-slices-out",

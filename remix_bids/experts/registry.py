@@ -31,7 +31,7 @@ from remix_bids.errors import MissingResourceError
 GENERAL = "general"
 NO_EXPERT = "none"
 VOLUME_LIMIT = 8.5
-"""Above this voxel volume (mm3) the last expert works outside its range."""
+"""Above this voxel volume (mm3) the last expert works at the edge of its range, or outside it."""
 FINE_ENOUGH = 1.05
 """With all voxel sides at most this long (mm) the gate chooses no expert."""
 

@@ -86,7 +86,7 @@ class SelectExpert(SimpleInterface):
         if effective > VOLUME_LIMIT:
             warnings.append(
                 f"Expert: the effective voxel volume of {effective:g} mm3 is above "
-                f"{VOLUME_LIMIT} mm3, coarser than what any expert was trained for."
+                f"{VOLUME_LIMIT} mm3: at the edge of what experts were trained for, or beyond."
             )
         counted = [max(side, 1.0) for side in sides]
         anisotropy = max(counted) / min(counted)

@@ -341,7 +341,10 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
     slices = "as header and sidecar tell; too thin to be measured, or too far apart, or too few"
     if "SliceProfileWidth" in sidecar:
         width = sidecar["SliceProfileWidth"]
-        slices = f"blur as a Gaussian of {width:.1f} mm (FWHM) does, measured in the scan"
+        slices = (
+            f"taken to blur as a Gaussian of {width:.1f} mm (FWHM) does: measured in the scan, and "
+            "weighed with what header and sidecar make likely"
+        )
     timings = sidecar.get("Timings", {})
     rows = [
         ("Image", source),

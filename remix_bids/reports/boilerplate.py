@@ -115,8 +115,8 @@ def _spaces(config: RunConfig) -> str:
     if NATIVE in config.output_spaces:
         texts.append(
             "Images were also written in native space, on a 1 mm isotropic grid in the scanner's "
-            "world: the acquired image was interpolated once and the network's residual, "
-            "resampled, was added to it."
+            "world: the acquired image was interpolated once, and what was added to it in template "
+            "space (by the linear estimate, the network and its steps) was resampled and added."
         )
         if len(texts) == 1:
             texts[0] = texts[0].replace("also ", "")
