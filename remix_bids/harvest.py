@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from remix_bids.errors import InputImageError, UsageError
 from remix_bids.naming import DERIVATIVE, output_names, split_name
 from remix_bids.registration.itk import read_itk_affine
 from remix_bids.registration.score import possible, singular_values
+from remix_bids.sidecars import forget_sidecars, positive, read_sidecars
 from remix_bids.simulation.acquisition import BRAIN_CENTRE, Geometry, slice_axis
 from remix_bids.spatial import Grid
 
@@ -252,12 +252,8 @@ def _published(doi: object) -> str:
 
 
 def _scans(bids_dir: Path, suffixes: Sequence[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every acquired scan with what its sidecars say.
-
-    Not by PyBIDS, which refuses a whole dataset for one broken sidecar.
-    """
-    for cached in (_sidecars, _read_sidecar):
-        cached.cache_clear()
+    """Every acquired scan with what its sidecars say."""
+    forget_sidecars()
     found = [*bids_dir.glob("sub-*/anat/*.nii*"), *bids_dir.glob("sub-*/ses-*/anat/*.nii*")]
     for path in sorted(found):
         try:
@@ -270,38 +266,7 @@ def _scans(bids_dir: Path, suffixes: Sequence[str]) -> Iterator[tuple[Path, dict
         if "sub" not in entities or any(key in entities for key in DERIVATIVE):
             LOGGER.warning("left out: %s is not a scan as it was acquired", path)
             continue
-        yield path, _sidecar(path, bids_dir)
-
-
-def _sidecar(scan: Path, bids_dir: Path) -> dict[str, Any]:
-    """Sidecars of a scan by BIDS' inheritance: the nearer the folder, the more it counts."""
-    entities, suffix, _ = split_name(scan)
-    below = scan.parent.relative_to(bids_dir).parts
-    content: dict[str, Any] = {}
-    for depth in range(len(below) + 1):
-        applying = []
-        for path in _sidecars(bids_dir.joinpath(*below[:depth]), suffix):
-            pairs = path.name.partition(".")[0].split("_")[:-1]
-            if set(pairs) <= {f"{key}-{value}" for key, value in entities.items()}:
-                applying.append((len(pairs), path))
-        for _, path in sorted(applying):
-            content |= _read_sidecar(path)
-    return content
-
-
-@lru_cache(maxsize=64)
-def _sidecars(folder: Path, suffix: str) -> tuple[Path, ...]:
-    return (*folder.glob(f"*_{suffix}.json"), *folder.glob(f"{suffix}.json"))
-
-
-@lru_cache(maxsize=64)  # so that one at the top is read, and warned about, once
-def _read_sidecar(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        LOGGER.warning("%s is not read: %s", path, error)
-        return {}
-    return content if isinstance(content, dict) else {}
+        yield path, read_sidecars(path, bids_dir)
 
 
 def read_geometry(path: Path, sidecar: dict[str, Any]) -> Geometry:
@@ -346,8 +311,8 @@ def read_geometry(path: Path, sidecar: dict[str, Any]) -> Geometry:
             f"{VOXEL_SIDES[0]:g} to {VOXEL_SIDES[1]:g} mm are believed"
         )
     spacing = float(sizes[slice_axis(grid)])
-    thickness = _positive(sidecar.get("SliceThickness"))
-    told = _positive(sidecar.get("SpacingBetweenSlices"))
+    thickness = positive(sidecar.get("SliceThickness"))
+    told = positive(sidecar.get("SpacingBetweenSlices"))
     gap = None
     if told is not None and abs(told - spacing) > _SAME * spacing:
         LOGGER.warning(
@@ -369,12 +334,6 @@ def read_geometry(path: Path, sidecar: dict[str, Any]) -> Geometry:
         source=OWN_SCANS,
         group="",
     )
-
-
-def _positive(value: object) -> float | None:
-    """A number above zero; None for what else a sidecar may hold."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    return round(float(value), 4) if usable else None  # type: ignore[arg-type]
 
 
 def _registration(derivatives: Path, scan: Path, grid: Grid) -> np.ndarray | None:

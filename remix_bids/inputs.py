@@ -15,8 +15,10 @@ from typing import Any
 from remix_bids.config import RunConfig
 from remix_bids.errors import InputImageError, NothingToDoError, UsageError
 from remix_bids.naming import DERIVATIVE, split_name
+from remix_bids.sidecars import forget_sidecars, positive, read_sidecars
 
 LOGGER = logging.getLogger("remix_bids")
+EXTENSIONS = (".nii", ".nii.gz")
 OTHER_DATATYPES = "beh|dwi|eeg|emg|fmap|func|ieeg|meg|micr|motion|mrs|nirs|perf|pet"
 
 
@@ -59,7 +61,7 @@ def collect_scans(config: RunConfig, filters: dict[str, Any]) -> list[Scan]:
     query: dict[str, Any] = {
         "datatype": "anat",
         "suffix": "T1w",
-        "extension": [".nii", ".nii.gz"],
+        "extension": list(EXTENSIONS),
         "subject": list(config.participant_label) or None,
         "session": list(config.session_label) or None,
         **_translate(filters, layout),
@@ -71,43 +73,50 @@ def collect_scans(config: RunConfig, filters: dict[str, Any]) -> list[Scan]:
         raise UsageError(f"the query {_show(query)} cannot be run: {error}") from None
     if config.participant_label:  # a filter file cannot widen the choice
         files = [file for file in files if file.entities.get("subject") in wanted]
+    if config.session_label:
+        files = [file for file in files if file.entities.get("session") in config.session_label]
+    forget_sidecars()
     scans = []
-    for file in sorted(files, key=lambda f: f.path):
-        scan = _as_scan(file)
-        if scan is not None:
-            scans.append(scan)
+    for path in sorted(Path(file.path) for file in files):
+        try:
+            scans.append(_as_scan(path, Path(layout.root)))
+        except InputImageError as error:
+            LOGGER.warning("ignored %s: %s", path, error)
     if not scans:
         raise NothingToDoError(f"no T1w image in {config.bids_dir} matches {_show(query)}")
     return scans
 
 
-def _as_scan(file: Any) -> Scan | None:
-    path = Path(file.path)
-    try:
-        entities, _, _ = split_name(path)
-        if "sub" not in entities:
-            raise InputImageError(f"{path.name} names no subject")
-    except InputImageError as error:
-        LOGGER.warning("ignored %s: %s", path, error)
-        return None
+def _as_scan(path: Path, bids_dir: Path) -> Scan:
+    """What its place, its name and its sidecars tell of an image.
+
+    Raises
+    ------
+    InputImageError
+        It is no image that was acquired as such.
+    """
+    entities, _, extension = split_name(path)
+    if "sub" not in entities:
+        raise InputImageError(f"{path.name} names no subject")
+    place = [f"{key}-{entities[key]}" for key in ("sub", "ses") if key in entities]
+    if path.parent != bids_dir.joinpath(*place, "anat"):
+        raise InputImageError(f"by its name it belongs in {'/'.join((*place, 'anat'))}")
+    if extension not in EXTENSIONS:
+        raise InputImageError(f"it is no {' or '.join(EXTENSIONS)}")
     derived = [key for key in DERIVATIVE if key in entities]
     if derived:
-        LOGGER.warning("ignored %s: %s- marks it as processed, not acquired", path, derived[0])
-        return None
-    metadata = file.get_metadata()
+        raise InputImageError(f"{derived[0]}- marks it as processed, not acquired")
+    if entities.get("part", "mag") != "mag":
+        raise InputImageError(f"part-{entities['part']} is no magnitude")
+    metadata = read_sidecars(path, bids_dir)
     stripped = metadata.get("SkullStripped")
     return Scan(
         path=path,
         subject=entities["sub"],
         session=entities.get("ses"),
         skull_stripped=stripped if isinstance(stripped, bool) else None,
-        slice_thickness=_positive(metadata.get("SliceThickness")),
+        slice_thickness=positive(metadata.get("SliceThickness")),
     )
-
-
-def _positive(value: object) -> float | None:
-    """A number above zero; None for what else a sidecar may hold."""
-    return float(value) if isinstance(value, int | float) and value > 0 else None
 
 
 def _subject_labels(bids_dir: Path) -> list[str]:
@@ -151,7 +160,8 @@ def _layout(config: RunConfig, subjects: list[str]) -> Any:
             config.bids_dir,
             validate=False,
             database_path=config.bids_database_dir,
-            indexer=BIDSLayoutIndexer(validate=False, ignore=[i for i in ignore if i]),
+            # Sidecars are read by `read_sidecars`.
+            indexer=BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore),
         )
     except Exception as error:  # PyBIDS raises many kinds for a dataset it cannot read
         raise UsageError(

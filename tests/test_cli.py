@@ -288,6 +288,55 @@ def test_skull_stripped_comes_from_the_sidecar(parse, dataset):
     assert [scan.skull_stripped for scan in scans] == [True, None, None, None]
 
 
+def test_the_filter_file_does_not_widen_the_choice(parse, tmp_path):
+    for options, told in (
+        (("--session-label", "a"), {"session": "b"}),
+        (("--participant-label", "02"), {"subject": "01"}),
+    ):
+        with pytest.raises(NothingToDoError):
+            names(parse(*options), told)
+    with pytest.raises(NothingToDoError):
+        names(parse(), {"extension": ".json"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sub-01/ses-a/anat/orig/sub-01_ses-a_acq-no_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-02_acq-no_T1w.nii.gz",
+        "old/sub-01/ses-a/anat/sub-01_ses-a_acq-no_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_part-phase_T1w.nii.gz",
+    ],
+)
+def test_images_out_of_place_and_phases_are_left_alone(parse, dataset, caplog, name):
+    (dataset / name).parent.mkdir(parents=True, exist_ok=True)
+    (dataset / name).touch()
+    assert names(parse()) == NAMES
+    if not name.startswith("old"):
+        assert f"ignored {dataset / name}" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"{bad", None])
+def test_a_broken_sidecar_stops_nobody(parse, dataset, caplog, content):
+    """Neither one of a scan, nor one at the top, nor one of an image that is not asked for."""
+    anat = dataset / "sub-02/anat"
+    (anat / "sub-02_T2w.nii.gz").touch()
+    for sidecar in (anat / "sub-02_T1w.json", anat / "sub-02_T2w.json", dataset / "T1w.json"):
+        if content is None:
+            sidecar.symlink_to(dataset / "nowhere")
+        else:
+            sidecar.write_bytes(content)
+    assert names(parse()) == NAMES
+    assert f"{anat / 'sub-02_T1w.json'} is not read" in caplog.text
+
+
+def test_sidecars_are_inherited_whatever_their_encoding(parse, dataset):
+    (dataset / "T1w.json").write_bytes(b'\xef\xbb\xbf{"SliceThickness": 5.0}')
+    own = '{"InstitutionName": "Universitätsklinik", "SliceThickness": 4}'
+    (dataset / "sub-02/anat/sub-02_T1w.json").write_bytes(own.encode("latin-1"))
+    assert [scan.slice_thickness for scan in collect_scans(parse(), {})] == [5.0, 5.0, 5.0, 4.0]
+
+
 # --- exit codes ----------------------------------------------------------------------------------
 
 

@@ -127,7 +127,7 @@ def test_little_coverage_is_said(tmp_path, template):
         ((1.0, 1.0, 3.0), "effective", "auto", "3", ""),
         ((1.0, 1.0, 3.0), "effective", "general", "general", ""),
         ((1.0, 1.0, 3.0), "effective", "5", "5", ""),
-        ((1.0, 1.0, 8.8), "effective", "auto", "7", "coarser"),
+        ((1.0, 1.0, 8.8), "effective", "auto", "7", "at the edge"),
         ((1.0, 1.0, 12.0), "effective", "auto", "7", "anisotropy"),
         ((1.0, 1.0, 1.0), "effective", "auto", NO_EXPERT, "nothing is to be gained"),
         ((0.5, 1.05, 0.8), "effective", "auto", NO_EXPERT, "nothing is to be gained"),
