@@ -51,7 +51,7 @@ def check_output_dataset(output_dir: Path) -> None:
     if not path.is_file():
         return
     content = _read_json(path)
-    makers = [m.get("Name") for m in content.get("GeneratedBy", []) if isinstance(m, dict)]
+    makers = [m.get("Name") for m in (content.get("GeneratedBy") or []) if isinstance(m, dict)]
     if NAME not in makers:
         owner = ", ".join(str(m) for m in makers if m) or content.get("Name", "unknown")
         raise UsageError(

@@ -134,7 +134,8 @@ def _sample_linear(image: Tensor, index: Tensor) -> Tensor:
 
     `torch.nn.functional.grid_sample` is slower on a CPU (``benchmarks/resampling.py``).
     """
-    first = torch.zeros_like(index[0], dtype=torch.int32)  # flat index of a voxel's lower corner
+    kind = torch.int32 if image.numel() < 2**31 else torch.int64
+    first = torch.zeros_like(index[0], dtype=kind)  # flat index of a voxel's lower corner
     between = []
     for position, n in zip(index, image.shape, strict=True):
         position = position.clamp(0, n - 1)

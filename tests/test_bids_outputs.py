@@ -22,7 +22,7 @@ from remix_bids.interfaces.bids import DerivativesSink, Describe, check_t1w, is_
 from remix_bids.interfaces.reports import summary_html
 from remix_bids.naming import check_collisions, output_names, split_name
 from remix_bids.qc import mosaic
-from remix_bids.reports.individual import build_report, open_crash_files
+from remix_bids.reports.individual import build_report, note_done, open_crash_files
 from tests.bids_skeletons import GEOMETRY, save_image
 
 VALIDATOR = Path(sys.executable).parent / "bids-validator-deno"
@@ -89,6 +89,7 @@ def spoiled(value):
 
 SINGULAR = GEOMETRY.copy()
 SINGULAR[2] = 0
+TALL = np.diag([6.0, 6.0, 10.0, 1])
 RGB = np.zeros((45, 54, 28), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
@@ -105,6 +106,7 @@ RGB = np.zeros((45, 54, 28), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
         (spoiled(1)[:, :, :3], GEOMETRY, "too small"),
         (spoiled(1), np.diag([0.004, 0.004, 0.006, 1]), "which no T1w scan has"),
         (spoiled(1), np.diag([4.0, 4.0, 60.0, 1]), "which no T1w scan has"),
+        (np.zeros((10, 10, 70), np.int16), TALL, "which no scan of a head has"),
         (spoiled(1), SINGULAR, "cannot be inverted"),
     ],
 )
@@ -157,6 +159,20 @@ def test_good_images(tmp_path):
     image.header.set_qform(moved, 1)
     nb.save(image, path)
     assert "sform was used" in check_t1w(path)[0]
+    # Left and right changed about one origin: on a fine matrix no entry differs by a millimetre.
+    fine = nb.Nifti1Image(np.indices((100, 100, 10))[0].astype(np.int16), None)
+    fine.header.set_sform(np.diag([0.45, 0.45, 6, 1]), 1)
+    fine.header.set_qform(np.diag([-0.45, 0.45, 6, 1]), 1)
+    nb.save(fine, path)
+    assert "sform was used" in check_t1w(path)[0]
+
+
+def test_negative_intensities_are_remarked_upon(tmp_path):
+    data = np.asanyarray(nb.load(save_image(tmp_path / "a.nii.gz")).dataobj).astype(np.float32)
+    path = save_image(tmp_path / "b.nii.gz", (data - data.mean()) / data.std())
+    assert "% of the voxels are negative" in check_t1w(path)[0]
+    data[:2, :2, :2] = -1  # a spline has overshot
+    assert check_t1w(save_image(path, data)) == []
 
 
 # --- what goes out -------------------------------------------------------------------------------
@@ -419,10 +435,25 @@ def test_report_shows_crashes_until_the_scan_has_come_through(tmp_path):
     assert open_crash_files(tmp_path / "sub-01") == [again]  # of one node the last counts
     again.unlink()
     os.utime(crash)
-    write_example(tmp_path, tmp_path, "sub-01_run-2_T1w.nii.gz")  # another scan changes nothing
+    write_example(tmp_path, tmp_path, "sub-01_run-1_T1w.nii.gz")  # a later step may fail
     assert open_crash_files(tmp_path / "sub-01") == [crash]
-    write_example(tmp_path, tmp_path, "sub-01_run-1_T1w.nii.gz")
+    note_done(again.parent, [Path("/bids/sub-01_run-2_T1w.nii.gz")])  # another scan changes nothing
+    assert open_crash_files(tmp_path / "sub-01") == [crash]
+    note_done(again.parent, [Path(f"/bids/sub-01_run-{n}_T1w.nii.gz") for n in (1, 2)])
     assert open_crash_files(tmp_path / "sub-01") == []
+    os.utime(crash, (2e9, 2e9))  # and failed again
+    assert open_crash_files(tmp_path / "sub-01") == [crash]
+
+
+def test_archived_results_do_not_spoil_the_report(tmp_path):
+    """As DataLad leaves them: the lock is a link, a figure of an earlier session is not there."""
+    write_example(tmp_path, tmp_path, "sub-01_T1w.nii.gz")
+    (tmp_path / "sub-01/log").mkdir(exist_ok=True)
+    (tmp_path / "sub-01/log/.report.lock").symlink_to("nowhere")
+    names = output_names("sub-01_ses-a_T1w.nii.gz", "MNI152Lin")
+    (tmp_path / names.summary).symlink_to("nowhere")
+    page = build_report(tmp_path, "01", "run", {}).read_text()
+    assert f"{names.summary.name} cannot be read" in page
 
 
 def test_both_panels_have_one_window():

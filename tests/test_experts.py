@@ -215,6 +215,8 @@ def test_intensities_stay_the_scanners(tmp_path):
         out = enhance(estimate(scaled, covered), record)
         np.testing.assert_allclose(out, image * factor * covered, rtol=1e-4)
         assert out.dtype == np.float32
+    offset = ((image - 1000) * covered).astype(np.float32)  # no magnitude, but nothing is cut off
+    np.testing.assert_allclose(enhance(estimate(offset, covered), record), offset, atol=0.5)
 
 
 def test_scale_ignores_air():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nipype import IdentityInterface
 
@@ -11,7 +12,7 @@ from remix_bids.inputs import collect_scans
 from remix_bids.interfaces.bids import DerivativesSink
 from remix_bids.templates import Template
 from remix_bids.workflows.base import init_remix_wf
-from tests.bids_skeletons import make_dataset
+from tests.bids_skeletons import make_dataset, save_image
 
 SKELETONS = {
     "plain": ["sub-01_T1w.nii.gz"],
@@ -19,7 +20,7 @@ SKELETONS = {
     "runs": ["sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz", "sub-01_T1w.nii.gz"],
     "acquisitions": ["sub-01_acq-ax_T1w.nii.gz", "sub-01_acq-cor_T1w.nii.gz"],
     "contrast": ["sub-01_T1w.nii.gz", "sub-01_ce-gad_T1w.nii.gz", "sub-01_ce-gad_rec-x_T1w.nii"],
-    "odd": ["sub-01_echo-1_part-mag_T1w.nii.gz", "sub-01_echo-1_part-phase_chunk-2_T1w.nii.gz"],
+    "odd": ["sub-01_echo-1_part-mag_T1w.nii.gz", "sub-01_echo-1_part-mag_chunk-2_T1w.nii.gz"],
     "many": ["sub-01_ses-a_T1w.nii.gz", "sub-02_T1w.nii.gz", "sub-1_T1w.nii.gz"],
 }
 # The way of one T1w image: DESIGN section 3.
@@ -139,6 +140,14 @@ def test_leaving_slices_out_is_a_way_of_its_own(tmp_path):
         for name in ("drop", "to_mni", "select_expert", "enhance", "enforce", "compare")
     }
     assert names_of(workflow) == names_of(plain)
+
+
+def test_large_matrices_ask_for_more_memory(tmp_path):
+    name = "sub_01_wf.sub_01_T1w_wf.to_mni"
+    small = build(tmp_path, SKELETONS["plain"])[0].get_node(name).mem_gb
+    path = tmp_path / "bids/sub-01/anat/sub-01_T1w.nii.gz"
+    save_image(path, np.zeros((512, 512, 200), np.uint8))
+    assert build(tmp_path, SKELETONS["plain"])[0].get_node(name).mem_gb > 2 * small
 
 
 def test_slice_thickness_of_the_sidecar_is_used(tmp_path):

@@ -330,6 +330,12 @@ def work(job: Job) -> Outcome:
 
 def report(job: Job, outcome: Outcome) -> list[str]:
     """Rebuild the page of every subject; return those that could not be built."""
+    from remix_bids.reports.individual import note_done
+    from remix_bids.workflows.base import log_dir
+
+    for subject in sorted({scan.subject for scan in outcome.done}):
+        done = [scan.path for scan in outcome.done if scan.subject == subject]
+        note_done(log_dir(job.config, subject), done)
     about = {
         "Settings": f"log/{job.config.run_uuid}/remix_bids.toml",
         "Template": str(job.template.t1w),

@@ -129,7 +129,7 @@ def enhance(
     Returns
     -------
     float32 array of the same shape
-        In scanner units; zero where nothing was acquired, negative nowhere.
+        In scanner units; zero where nothing was acquired, negative only if the scan is.
 
     Raises
     ------
@@ -144,4 +144,6 @@ def enhance(
     inputs, scan = network_input(low, scale)
     output = predict(network.to(device), inputs.to(device), scan.to(device)).cpu()
     output = slices_last(output, low.sampling.axis) * scale
-    return (output.clamp(min=0) * low.covered).numpy()
+    if low.image.min() >= 0:
+        output = output.clamp(min=0)
+    return (output * low.covered).numpy()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import uuid
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from remix_bids.experts.registry import NO_EXPERT
 SMALLEST_SIDE, LARGEST_SIDE = 0.2, 15.0  # mm, of a voxel
 SMALLEST_EXTENT, LARGEST_EXTENT = 40.0, 600.0  # mm, of the field of view
 FEWEST_SLICES = 5
+MOST_NEGATIVE = 0.01  # of the voxels: splines overshoot below 0 here and there
 
 
 def check_t1w(path: Path) -> list[str]:
@@ -65,7 +67,12 @@ def check_t1w(path: Path) -> list[str]:
         raise InputImageError(
             f"{path} has voxels of {_mm(sides)} mm, which no T1w scan has; check its header."
         )
-    if min(shape) < FEWEST_SLICES or not SMALLEST_EXTENT <= extents.min() <= LARGEST_EXTENT:
+    if extents.max() > LARGEST_EXTENT:
+        raise InputImageError(
+            f"{path} has a field of view of {_mm(extents)} mm, which no scan of a head has; check "
+            "its header."
+        )
+    if min(shape) < FEWEST_SLICES or extents.min() < SMALLEST_EXTENT:
         raise InputImageError(
             f"{path} has {shape[0]} x {shape[1]} x {shape[2]} voxels and a field of view of "
             f"{_mm(extents)} mm: too small to hold a brain."
@@ -81,7 +88,14 @@ def check_t1w(path: Path) -> list[str]:
         )
     if data.min() == data.max():
         raise InputImageError(f"{path} is empty: all voxels hold {data.flat[0]:g}.")
-    return _header_remarks(image, affine, sides)
+    remarks = _header_remarks(image, affine, sides)
+    negative = np.count_nonzero(data < 0) / data.size
+    if negative > MOST_NEGATIVE:
+        remarks.append(
+            f"Intensities: {negative:.0%} of the voxels are negative; the experts have learned "
+            "from magnitudes, so use the scan as it was acquired."
+        )
+    return remarks
 
 
 def _header_remarks(image: Any, affine: np.ndarray, sides: np.ndarray) -> list[str]:
@@ -93,12 +107,14 @@ def _header_remarks(image: Any, affine: np.ndarray, sides: np.ndarray) -> list[s
             qform, qform_code = header.get_qform(coded=True)
         except (ValueError, np.linalg.LinAlgError):
             qform, qform_code = None, 0
+            if sform_code:
+                remarks.append("Header: the qform is invalid; the sform was used.")
         if not sform_code and not qform_code:
             remarks.append(
                 "Header: no orientation is stated (qform and sform codes are 0); "
                 "left and right cannot be known."
             )
-        elif sform_code and qform_code and not np.allclose(sform, qform, atol=1.0):
+        elif sform_code and qform_code and _apart(sform, qform, image.shape[:3]) > 1.0:
             remarks.append("Header: qform and sform disagree; the sform was used.")
         pixdim = np.asarray(header.get_zooms()[:3], dtype=float)
         if not np.allclose(pixdim, sides, rtol=0.02):
@@ -111,6 +127,13 @@ def _header_remarks(image: Any, affine: np.ndarray, sides: np.ndarray) -> list[s
     if shear > 0.02:
         remarks.append("Header: the voxel axes are not at right angles (shear).")
     return remarks
+
+
+def _apart(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
+    """Largest distance (mm) between the places that two affines give a corner of an image."""
+    corners = np.array([*product(*((0, n - 1) for n in shape))])
+    moved = corners @ (first - second)[:3, :3].T + (first - second)[:3, 3]
+    return float(np.linalg.norm(moved, axis=1).max())
 
 
 def _mm(values: np.ndarray) -> str:

@@ -390,9 +390,14 @@ class CollectQC(SimpleInterface):
         for path in (given.quality, given.consistency, given.left_out):
             if isdefined(path):
                 content |= json.loads(Path(path).read_text())
-        rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in content.items()}
+        rounded = {k: _figure(v) if isinstance(v, float) else v for k, v in content.items()}
         self._results["out_file"] = write_json(Path(runtime.cwd) / "qc.json", rounded)
         return runtime
+
+
+def _figure(value: float) -> float | None:
+    """Five digits; None for what could not be measured, since JSON knows no NaN."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
 class _CheckHeaderInputSpec(BaseInterfaceInputSpec):
@@ -405,7 +410,7 @@ class _CheckHeaderOutputSpec(TraitedSpec):
 
 
 class CheckHeader(SimpleInterface):
-    """What niworkflows' ValidateImage and our own check say about the input's header."""
+    """What our own check and niworkflows' ValidateImage say about the input's header."""
 
     input_spec = _CheckHeaderInputSpec
     output_spec = _CheckHeaderOutputSpec
@@ -423,6 +428,9 @@ class CheckHeader(SimpleInterface):
             copy.unlink()
         remarks = self.inputs.remarks if isdefined(self.inputs.remarks) else []
         lines = "".join(f"<li>{escape(text)}</li>" for text in remarks)
+        if found:  # it speaks of what it did to its own copy
+            about = "What niworkflows' ValidateImage would change (its copy is not used)"
+            found = f"<details><summary>{about}</summary>{found}</details>"
         parts = [f'<ul class="warnings">{lines}</ul>' if lines else "", found]
         text = "\n".join(part for part in parts if part)
         path = folder / "header.html"

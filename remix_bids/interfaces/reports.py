@@ -298,8 +298,8 @@ def consistency_html(figures: dict[str, Any]) -> str:
         text += "<p>Leave slices out: no left-out slice shows the brain.</p>\n"
     if enforced:
         text += (
-            "<p>After the consistency step the output agrees with the scan by construction; judge "
-            "the network by the first column.</p>\n"
+            "<p>After the steps of consistency the output agrees with the scan as far as they bring"
+            " it; judge the network by the first column.</p>\n"
         )
     return text
 

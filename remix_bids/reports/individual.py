@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from html import escape
 from importlib import resources
@@ -23,12 +24,16 @@ from nireports.assembler.report import Report, SubReport
 
 from remix_bids import __version__
 from remix_bids.config import RunConfig
+from remix_bids.derivatives import write_text
 from remix_bids.errors import RemixError
 from remix_bids.naming import join_name, split_name, workflow_name
 from remix_bids.reports.boilerplate import boilerplate_html
 
+LOGGER = logging.getLogger("remix_bids")
 TEMPLATE = "report.tpl"
 SPECIFICATION = "reports-spec.yml"
+DONE = "done.txt"
+"""Beside the crash files of a run."""
 
 
 class Fragment:
@@ -83,7 +88,10 @@ def scans_with_figures(subject_dir: Path) -> dict[str, dict[str, Path]]:
 
 def _figure(path: Path, root: Path) -> str:
     if path.suffix == ".html":
-        return path.read_text()
+        try:
+            return path.read_text()
+        except OSError as error:  # of an earlier run, and archived since
+            return f'<p class="failed">{escape(path.name)} cannot be read: {escape(str(error))}</p>'
     link = quote(path.relative_to(root).as_posix())
     return (
         f'<object type="image/svg+xml" data="./{link}">{escape(path.name)}</object>\n'
@@ -103,19 +111,21 @@ def _methods(subject_dir: Path) -> str:
     return ""
 
 
+def note_done(run_dir: Path, scans: Iterable[Path]) -> None:
+    """Write down which scans of a subject a run has brought to their end, figures and all."""
+    write_text(run_dir / DONE, "".join(f"{scan.name}\n" for scan in scans))
+
+
 def open_crash_files(subject_dir: Path) -> list[Path]:
     """Crash files of all runs, but for scans that have come through since.
 
     A crash belongs to the scan whose workflow its ``Node:`` line names; the scan has come through
-    when one of its sidecars is younger. Of one node only the last crash counts.
+    when a later run says so (`note_done`). Of one node only the last crash counts.
     """
     finished: dict[str, float] = {}
-    for sidecar in subject_dir.rglob("*_desc-remix_T1w.json"):
-        entities, suffix, _ = split_name(sidecar)
-        for key in ("space", "res", "desc"):
-            entities.pop(key, None)
-        name = workflow_name(join_name(entities, suffix, ""))
-        finished[name] = max(finished.get(name, 0.0), sidecar.stat().st_mtime)
+    for note in sorted((subject_dir / "log").glob(f"*/{DONE}"), key=lambda p: p.stat().st_mtime):
+        for name in note.read_text().split():
+            finished[workflow_name(name)] = note.stat().st_mtime
     left: dict[str, Path] = {}
     crashes = (subject_dir / "log").glob("*/crash-*.txt")
     for crash in sorted(crashes, key=lambda path: path.stat().st_mtime):
@@ -157,8 +167,13 @@ def _about(about: dict[str, str]) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock: jobs over the sessions of one subject share its page."""
+    if path.is_symlink():  # an archive of earlier results has taken it for one of them
+        path.unlink()
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some file systems have no locks; the page still appears whole
+            LOGGER.warning("%s cannot be locked: %s", path, error)
         yield
 
 

@@ -35,6 +35,12 @@ from remix_bids.workflows.outputs import init_derivatives_wf, init_figures_wf
 # with two starts side by side, 0.8, 1.6), and a margin for larger images.
 VALIDATE_GB, RESAMPLE_GB, ENHANCE_GB, QC_GB = 0.3, 1.5, 2.5, 2.0
 REGISTER_GB, REGISTER_GB_PER_START = 0.5, 0.4
+RESAMPLE_GB_PER_MILLION = 0.05  # voxels of the scan: interpolation tabulates it
+
+
+def resample_gb(voxels: int) -> float:
+    """Memory (GB) for bringing a scan of so many voxels to the working grid."""
+    return max(RESAMPLE_GB, 0.6 + RESAMPLE_GB_PER_MILLION * voxels / 1e6)
 
 
 def init_anat_remix_wf(
@@ -52,6 +58,7 @@ def init_anat_remix_wf(
     leave_slices_out: bool = False,
     skull_stripped: bool | None = None,
     slice_thickness: float | None = None,
+    voxels: int = 0,
     random_seed: int = 0,
     device: str = "cpu",
     omp_nthreads: int = 1,
@@ -86,6 +93,8 @@ def init_anat_remix_wf(
         What the image's own sidecar says.
     slice_thickness : float, optional
         mm, as the image's own sidecar says.
+    voxels : int
+        Of the scan, as its header says.
     random_seed : int
     device : str
         'cpu', 'cuda' or 'cuda:N'.
@@ -110,7 +119,9 @@ def init_anat_remix_wf(
         n_procs=omp_nthreads,
         mem_gb=heavy_gb or REGISTER_GB + REGISTER_GB_PER_START * omp_nthreads,
     )
-    to_mni = Node(ToWorkingGrid(template=str(template.t1w)), name="to_mni", mem_gb=RESAMPLE_GB)
+    to_mni = Node(
+        ToWorkingGrid(template=str(template.t1w)), name="to_mni", mem_gb=resample_gb(voxels)
+    )
     if template.brain_mask is not None:
         register.inputs.fixed_image_mask = str(template.brain_mask)
         to_mni.inputs.template_mask = str(template.brain_mask)

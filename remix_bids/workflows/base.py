@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import nibabel as nb
 from nipype import Workflow
 
 from remix_bids import __version__
@@ -105,6 +107,7 @@ def init_single_subject_wf(
             leave_slices_out=config.leave_slices_out,
             skull_stripped=scan.skull_stripped,
             slice_thickness=scan.slice_thickness,
+            voxels=count_voxels(scan.path),
             random_seed=config.random_seed,
             device=config.device,
             omp_nthreads=config.omp_nthreads or 1,
@@ -116,6 +119,14 @@ def init_single_subject_wf(
             raise GraphError(f"two scans are both called {scan.label}: {scan.path}")
         workflow.add_nodes([scan_wf])
     return workflow
+
+
+def count_voxels(path: Path) -> int:
+    """Voxels of an image by its header; 0 where that cannot be read (its own node will say so)."""
+    try:
+        return math.prod(nb.load(path).shape)
+    except Exception:  # nibabel raises many kinds for a damaged file
+        return 0
 
 
 def static_metadata(*, config: RunConfig, scan: Scan, template: Template) -> dict[str, Any]:
