@@ -61,7 +61,7 @@ def figures_of(name, rng, expert="5"):
     out = {"bids_name": name, "expert": expert, "voxel_size": "1 x 1 x 5"}
     out |= {"effective_voxel_volume": 5.0, "registration_score": 0.7 + 0.02 * rng.normal()}
     out |= {"brain_coverage": 100.0, "affine_determinant": 0.9 + 0.03 * rng.normal()}
-    out |= {"warnings": 0, "residual_energy": 2 + 0.1 * rng.normal()}
+    out |= {"warnings": 0, "residual_energy": 2 + 0.1 * rng.normal(), "network_energy": 1.0}
     for i, key in enumerate(MEASURES, 1):
         out |= {f"{key}_{when}": i * (10 + rng.normal()) for when in ("before", "after")}
     for i, key in enumerate(("chi2_median", "chi2_p95", "chi2_max", "disagreeing"), 1):

@@ -140,6 +140,7 @@ def test_figures_of_quality(first):
     assert found["anisotropy_after"] > found["anisotropy_before"]
     assert found["sharpness_after"] > found["sharpness_before"]
     assert found["residual_energy"] > 0.1
+    assert 0 < found["network_energy"] < found["residual_energy"]
     assert (first.out / "logs/CITATION.bib").is_file()
     done = run("remix-bids", first.folder / "bids", first.out, "group")
     assert done.returncode == 0

@@ -186,7 +186,9 @@ class EnforceConsistency(SimpleInterface):
 
 class _MeasureQualityInputSpec(_BrainInputSpec):
     before = File(exists=True, mandatory=True, desc="interpolated image on the working grid")
-    after = File(exists=True, mandatory=True, desc="output on the working grid")
+    estimate = File(exists=True, mandatory=True, desc="what the network was fed with")
+    enhanced = File(exists=True, mandatory=True, desc="its output, or `before` without an expert")
+    after = File(exists=True, mandatory=True, desc="the same after its steps: what is written")
 
 
 class _JSONOutputSpec(TraitedSpec):
@@ -220,6 +222,11 @@ class MeasureQuality(SimpleInterface):
         figures["residual_energy"] = quality.residual_energy(
             images["before"], images["after"], brain
         )
+        enhanced = load(self.inputs.enhanced)
+        fed = load(self.inputs.estimate)
+        if np.array_equal(enhanced, images["before"]):  # no network was asked
+            fed = enhanced
+        figures["network_energy"] = quality.residual_energy(fed, enhanced, brain)
         path = Path(runtime.cwd) / "quality.json"
         self._results["out_file"] = write_json(path, figures)
         return runtime

@@ -265,7 +265,7 @@ def quality_html(figures: dict[str, Any]) -> str:
         if f"{key}_before" in figures:
             values = [_number(figures[f"{key}_{when}"]) for when in ("before", "after")]
             rows.append([entry["LongName"], *values, entry["Units"], entry["Better"]])
-        elif key == "residual_energy":
+        elif key in ("residual_energy", "network_energy") and key in figures:
             value = _number(figures[key])
             rows.append([entry["LongName"], "", value, entry["Units"], entry["Better"]])
     text = _table(["", "before", "after", "unit", "better is"], rows)

@@ -38,6 +38,7 @@ WATCHED = {
     "consistency_nrmse": "high",
     "unknowable": "high",
     "residual_energy": "high",
+    "network_energy": "high",
     "sharpness_after": "both",
     "anisotropy_after": "low",
     "noise_after": "high",

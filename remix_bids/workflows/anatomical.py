@@ -256,7 +256,12 @@ def init_anat_remix_wf(
             (enhance, consistency, [("out_file", "enhanced")]),
             (validate, quality, scan),
             (register, quality, affine),
-            (to_mni, quality, [("out_file", "before"), ("coverage", "coverage")]),
+            (
+                to_mni,
+                quality,
+                [("out_file", "before"), ("estimate", "estimate"), ("coverage", "coverage")],
+            ),
+            (enhance, quality, [("out_file", "enhanced")]),
             (enforce, quality, [("out_file", "after")]),
             (validate, check_header, [("out_file", "in_file"), ("warnings", "remarks")]),
             (describe, collect, [("out_file", "sidecar")]),
