@@ -26,7 +26,7 @@ from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.rows import finished, joined, read_rows, write_rows
 from remix_bids.evaluation.run import evaluate
 from remix_bids.evaluation.settings import METHODS, Settings
-from remix_bids.evaluation.table import SHIPS, best_iterations, bootstrap_interval, to_markdown
+from remix_bids.evaluation.table import SHIPS, best_back_projection, bootstrap_interval, to_markdown
 from remix_bids.experts.registry import load_registry
 from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
@@ -144,6 +144,14 @@ def test_a_real_geometry_is_called_real_only_where_there_is_one():
     assert {c.source for c in todo} == {"real", "any plane"}
 
 
+def test_choices_are_made_on_other_acquisitions_than_those_reported():
+    told = cases(people(), protocol(), range(1, 8), [0.02])
+    chosen = [replace(person, split="validation") for person in people()]
+    for one, two in zip(told, cases(chosen, protocol(), range(1, 8), [0.02]), strict=True):
+        assert one.seed != two.seed
+        assert not np.allclose(one.acquisition().grid.affine, two.acquisition().grid.affine)
+
+
 def test_a_coarse_image_is_no_truth_for_thin_slices():
     person = replace(people(1)[0], voxel_sizes=(1.0, 1.333, 1.333))
     assert {c.drawn for c in cases([person], protocol(), range(1, 8), [0.0])} == {3, 4, 5, 6, 7}
@@ -159,7 +167,7 @@ def test_no_training_geometry_is_held_out():
 def rows():
     values = dict(zip(METHODS, range(24, 24 + len(METHODS)), strict=True))
     return [
-        {"person": f"p{i}", "class": 4, "noise": 0.0, "method": method, "kind": "real",
+        {"person": f"p{i}", "drawn": 4, "class": 4, "noise": 0.0, "method": method, "kind": "real",
          "profile": "box", "anisotropy": 4.0, "psnr": values[method] + i + 0.0,
          "psnr_whole": 30.0, "psnr_matched": 30.0, "ssim": 0.9, "correlation": 0.99}
         for i in range(4)
@@ -188,11 +196,13 @@ def test_bootstrap_interval_holds_the_mean():
 
 def test_tuning_takes_the_best_iteration():
     found = [
-        {"person": "p", "class": k, "noise": 0.0, "method": str(i), "psnr": -abs(i - k)}
-        for k in (1, 2, 3)
-        for i in range(5)
+        {"person": "p", "class": k, "noise": 0.0, "method": f"{i} x {step}"}
+        | {"psnr": -abs(i - k) - abs(step - 0.5)}
+        for k in (0, 1, 2, 11)
+        for step in (0.5, 1)
+        for i in range(12)
     ]
-    assert best_iterations(found) == {0.0: [1, 2, 3]}
+    assert best_back_projection(found) == {0.0: [[0, 0.5], [1, 0.5], [2, 0.5], [11, 0.5]]}
 
 
 def test_dice_and_other_programs_get_their_columns(tmp_path):
@@ -291,7 +301,9 @@ def test_rows_that_do_not_belong_together_are_not_joined():
         joined([others, networks[:1]])
     with pytest.raises(UsageError, match="several sets of experts"):
         joined([rows, [row | {"setup": "0123abcd"} for row in networks[:3]]])
-    assert joined([[row | {"setup": "0123abcd"} for row in others], networks])  # no network there
+    assert joined([[row | {"setup": "0123abcd"} for row in others], networks])
+    with pytest.raises(UsageError, match="several protocols"):
+        joined([rows, [row | {"setup": "0123abcd"} for row in others[:3]]])
     with pytest.raises(UsageError, match=r"expert for p0, class 3, geometry 0, .* lacks the Dice"):
         joined([[row | {"dice": "0.9"} for row in (rows[0], *rows[2:])], rows[1:2]])
     with pytest.raises(UsageError, match=r"p0, class 3, geometry 0, .* not the same scan"):
@@ -343,7 +355,7 @@ def test_claims_hold_where_they_hold():
     assert held(found, "general network in PSNR") == ("1 of 1, 0 ties", True)
     assert not [c for c in found if "gaussian profile" in c.text]  # there is none
     assert {c.text.split(":")[0] for c in found if c.text.startswith("class")} >= {"class 4"}
-    first = claims.claims([row | {"class": 1} for row in rows()])
+    first = claims.claims([row | {"drawn": 1, "class": 1} for row in rows()])
     assert not [c for c in first if "linear and cubic" in c.text]
     assert held(first, "class 1: PSNR not below cubic") == (f"{above['cubic']:+.3f} dB", True)
     noisy = claims.claims([row | {"noise": 0.02} for row in rows()])
@@ -352,6 +364,10 @@ def test_claims_hold_where_they_hold():
     other = rows()
     other[METHODS.index(SHIPS)]["psnr"] = 0.0
     assert held(claims.claims(other), "linear and cubic in psnr") == ("0 of 1, not 4", False)
+    # So is one of whom there is no scan: the gate has sent it to another class.
+    other = [row | {"class": 4 if row["person"] != "p0" else 5} for row in rows()]
+    lacking = "2 of 2; class 4 lacks 1 person"
+    assert held(claims.claims(other), "linear and cubic in psnr") == (lacking, False)
 
 
 def test_claims_of_dice_and_of_heads():
@@ -362,7 +378,7 @@ def test_claims_of_dice_and_of_heads():
         for row in rows()
     ]  # fmt: skip
     told = claims.claims(found)
-    assert held(told, "network in Dice") == ("0 of 1", False)
+    assert held(told, "network in Dice") == ("0 of 1, 1 ties", False)
     assert held(told, "class 4: Dice gap") == ("60%", True)
     assert held(told, "manual classes") == ("1 of 1", True)
     assert held(told, "outside the brain") == ("1.00, cubic 0.50", True)

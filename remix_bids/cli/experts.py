@@ -187,7 +187,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.settings import METHODS, Settings
-    from remix_bids.evaluation.table import best_iterations
+    from remix_bids.evaluation.table import best_back_projection
     from remix_bids.registration.affine import Templates
     from remix_bids.training.dataset import load_persons
 
@@ -228,7 +228,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     rows = run(todo, settings, args.output, nprocs=args.nprocs)
     if args.tune:
-        print(best_iterations(rows))
+        print(best_back_projection(rows))
         return
     if args.methods:
         print(f"{args.output}: join it with the other methods' rows (remix-experts table)")

@@ -52,18 +52,24 @@ class Case:
         return self.person.name, str(self.drawn), str(self.number), str(self.noise)
 
     @property
+    def held_out(self) -> bool:
+        """Whether its geometry is: choices are made on others than those that are reported."""
+        return self.person.split == "held_out"
+
+    @property
     def source(self) -> str:
         """Where the geometry comes from: ``kind``, unless no real one has such a volume."""
-        return self.kind if self.kind != "real" or _real(self.drawn) else "any plane"
+        real = self.kind != "real" or _real(self.drawn, self.held_out)
+        return self.kind if real else "any plane"
 
     def acquisition(self) -> Acquisition:
-        """A held-out geometry on the person; its own scale and shear."""
+        """A geometry on the person; its own scale and shear."""
         rng = np.random.default_rng(self.seed)
         if self.source == "real":
-            own = _real(self.drawn)
+            own = _real(self.drawn, self.held_out)
             return place(own[rng.integers(len(own))], self.person.world, rng)
         tilt = re.fullmatch(r"oblique(\d+)", self.kind)
-        bank = [g for g in load_bank() if g.held_out]
+        bank = [g for g in load_bank() if g.held_out == self.held_out]
         plane = [g for g in bank if g.plane == self.kind] or bank
         return place(
             plane[rng.integers(len(plane))],
@@ -75,10 +81,10 @@ class Case:
 
 
 @lru_cache
-def _real(drawn: int) -> list[Geometry]:
-    """The held-out real geometries of a class."""
+def _real(drawn: int, held_out: bool) -> list[Geometry]:
+    """The real geometries of a class."""
     low, high = CLASS_RANGES[drawn]
-    bank = [g for g in load_bank() if g.held_out]
+    bank = [g for g in load_bank() if g.held_out == held_out]
     return [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
 
 
@@ -90,8 +96,13 @@ def cases(
     A person whose image is coarser than 1 mm is no truth for thin slices.
     """
     kinds = protocol["kinds"]
+
+    def seed(person: Person, *where: int) -> tuple[int, ...]:
+        """Another one where choices are made than where they are reported."""
+        return (protocol["seed"], *where, *([] if person.split == "held_out" else [1]))
+
     return [
-        Case(person, k, kinds[(i + k + j) % len(kinds)], j, (protocol["seed"], i, k, j), sigma)
+        Case(person, k, kinds[(i + k + j) % len(kinds)], j, seed(person, i, k, j), sigma)
         for k in classes
         for i, person in enumerate(persons)
         if not person.coarse or k in COARSE_CLASSES

@@ -107,9 +107,9 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     Raises
     ------
     UsageError
-        If networks of several sets of experts are among them, a case is not the same scan in all
-        runs, or cases lack a method, or its Dice, that others have: a mean over such rows would
-        mislead.
+        If networks of several sets of experts are among them, rows are of several protocols, a
+        case is not the same scan in all runs, or cases lack a method, or its Dice, that others
+        have: a mean over such rows would mislead.
     """
     cases: dict[tuple, dict[str, dict]] = {}
     for row in chain.from_iterable(tables):
@@ -121,6 +121,8 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     rows = [row for methods in cases.values() for row in methods.values()]
     if len({row["setup"] for row in rows if row["method"] in NETWORKS}) > 1:
         raise UsageError("the networks' rows are of several sets of experts, or of two protocols")
+    if len({row["setup"] for row in rows if row["method"] not in NETWORKS}) > 1:
+        raise UsageError("the rows without networks are of several protocols")
     for key, methods in cases.items():
         if len({tuple(row[name] for name in SCAN) for row in methods.values()}) > 1:
             raise UsageError(f"{_told(key)} is not the same scan in all files: another protocol?")

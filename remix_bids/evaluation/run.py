@@ -54,11 +54,13 @@ def _restored(
 ) -> dict[str, Tensor]:
     """What every method makes of a native image."""
     how, asked = settings.protocol["back_projection"], {*settings.methods, *settings.commands}
-    noisy = "_noise" if case.noise else ""
     if settings.tune:
         start = interpolate(native, acquisition, grid, "cubic")
-        iterates = back_project(native, acquisition, grid, start, how["most"], how["step"])
-        return {"0": start} | {str(i): x for i, x in enumerate(iterates, 1)}
+        found = {"0 x 1": start}
+        for step in how["steps"]:
+            iterates = back_project(native, acquisition, grid, start, how["most"], step)
+            found |= {f"{i} x {step:g}": x for i, x in enumerate(iterates, 1)}
+        return found
     registry = registry_of(settings.experts_dir)
     record = registry.select(acquisition.volume)
     networks = [registry[GENERAL]] if GENERAL in asked else []
@@ -71,8 +73,8 @@ def _restored(
         found[EXPERT] = found.pop(record.name)
     found["linear"] = interpolate(native, acquisition, grid, "linear")
     if BACK_PROJECTION in asked:
-        iterations = how[f"iterations{noisy}"][int(record.name) - 1]
-        iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, how["step"])
+        iterations, step = how["noisy" if case.noise else "clean"][int(record.name) - 1]
+        iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, step)
         found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
     if SHIPS not in asked:
         pass

@@ -46,18 +46,19 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return float(low), float(high)
 
 
-def best_iterations(rows: Sequence[dict]) -> dict[float, list[int]]:
-    """Of the tuning rows: the iterations of back-projection with the best PSNR, by noise."""
-    best: dict[float, list[int]] = {}
+def best_back_projection(rows: Sequence[dict]) -> dict[float, list[list[float]]]:
+    """Of the tuning rows: iterations and step of back-projection with the best PSNR, by noise."""
+    best: dict[float, list[list[float]]] = {}
     for noise in sorted({float(row["noise"]) for row in rows}):
         best[noise] = []
         for k in sorted({int(row["class"]) for row in rows}):
             where = {"noise": noise, "class": k}
-            methods = sorted({row["method"] for row in rows}, key=int)
+            methods = sorted({row["method"] for row in rows})
             means = [
                 np.mean(list(by_person(rows, "psnr", method=m, **where).values())) for m in methods
             ]
-            best[noise].append(int(methods[int(np.argmax(means))]))
+            iterations, step = methods[int(np.argmax(means))].split(" x ")
+            best[noise].append([int(iterations), float(step)])
     return best
 
 
