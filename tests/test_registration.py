@@ -164,6 +164,25 @@ def test_isotropic_keeps_world_coordinates():
     np.testing.assert_allclose(centre(to_isotropic(volume, 3.0)), centre(volume), atol=0.2)
 
 
+def test_shear_is_undone_for_itk():
+    """It reads no axes but those at right angles: what it is given has such, in the same world."""
+    rng = np.random.default_rng(0)
+    data = ndimage.gaussian_filter(rng.random((40, 44, 30)), 4).astype(np.float32)
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    affine[:3, :3] = Rotation.from_euler("xyz", [10, 20, 30], degrees=True).as_matrix() @ (
+        np.array([[1, 0.2, 0], [0, 1, 0], [0, 0.1, 1]]) @ affine[:3, :3]
+    )
+    affine[:3, 3] = -40, 30, -20
+    sheared = Volume(data, affine)
+    straight = to_isotropic(sheared, 3.0)
+    axes = straight.affine[:3, :3] / 3
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-9)
+    found, inside = sample(sheared, straight.points())
+    deep = ndimage.binary_erosion(inside, iterations=2)
+    assert deep.sum() > 5000
+    np.testing.assert_allclose(straight.data[deep], found[deep], atol=0.1 * np.ptp(data))
+
+
 @pytest.mark.parametrize(
     ("scales", "fine"),
     [

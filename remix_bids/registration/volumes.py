@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
+from scipy.linalg import polar
 
 from remix_bids.errors import InputImageError
 
+_SHEAR = 1e-3  # cosine between axes; rounding in a header is less
 _FWHM = 2.3548  # full width at half maximum of a Gaussian of sigma 1
 
 
@@ -68,10 +71,17 @@ def squeeze_intensities(volume: Volume) -> Volume:
 
 
 def to_isotropic(volume: Volume, spacing: float) -> Volume:
-    """Same axes and extent on voxels of ``spacing`` mm, smoothed where that is coarser."""
+    """Same axes and extent on voxels of ``spacing`` mm, smoothed where that is coarser.
+
+    Axes that are not at right angles are replaced by the nearest that are, since ITK knows no
+    shear; the extent then holds the whole volume, 0 around it.
+    """
     zooms = volume.zooms
     sigma = np.sqrt(np.clip(spacing**2 - zooms**2, 0, None)) / _FWHM / zooms
     smooth = ndimage.gaussian_filter(volume.data, sigma, mode="nearest")
+    axes = volume.affine[:3, :3] / zooms
+    if np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR:
+        return _at_right_angles(Volume(smooth, volume.affine), spacing)
     shape = np.maximum(np.floor(np.array(volume.data.shape) * zooms / spacing + 1e-6), 1)
     step = spacing / zooms
     # Centred, so that both grids have the same middle.
@@ -83,6 +93,20 @@ def to_isotropic(volume: Volume, spacing: float) -> Volume:
     change[:3, :3] = np.diag(step)
     change[:3, 3] = start
     return Volume(data, volume.affine @ change)
+
+
+def _at_right_angles(volume: Volume, spacing: float) -> Volume:
+    rotation = polar(volume.affine[:3, :3] / volume.zooms)[0]
+    ends = np.array([*product(*((0, n - 1) for n in volume.data.shape))]).T
+    corners = rotation.T @ (volume.affine[:3, :3] @ ends + volume.affine[:3, 3:])
+    low, high = corners.min(axis=1), corners.max(axis=1)
+    shape = np.ceil((high - low) / spacing).astype(int) + 1
+    affine = np.eye(4)
+    affine[:3, :3] = spacing * rotation
+    affine[:3, 3] = rotation @ ((low + high) / 2 - (shape - 1) / 2 * spacing)
+    index = np.linalg.inv(volume.affine) @ affine
+    data = ndimage.affine_transform(volume.data, index[:3, :3], index[:3, 3], tuple(shape), order=1)
+    return Volume(data, affine)
 
 
 def sample(volume: Volume, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
