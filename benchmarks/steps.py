@@ -7,7 +7,8 @@ acquisitions of the training bank, drawn as in training, half of the sidecars si
 thickness. PSNR (dB) against that of the network alone, mean over the cases of a class: after one
 step and more, as they ship (giving way to noise); quarters of a step, and the best of them for each
 scan; without noise a whole step by the width of the slices that it assumes, relative to the one
-used, and with the true width. With ``--interpolate`` the planes of the scan come on a finer matrix,
+used, and with the true width; and the network itself, told wider and thinner slices, without
+steps. With ``--interpolate`` the planes of the scan come on a finer matrix,
 as many scanners give them, which hides their noise from who looks at neighbours. It prints Markdown
 tables.
 """
@@ -37,6 +38,7 @@ from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 MOST_STEPS = 3
 SHARES = (0.25, 0.5, 0.75, 1.0)
 WIDTHS = (0.8, 0.9, 1.0, 1.1, 1.2)  # of slices, relative to the one used
+MISTOLD = (0.85, 1.15)  # the same, of what the network is told
 
 
 def step(image: Tensor, native: Tensor, told: Acquisition, grid: Grid) -> Tensor:
@@ -79,7 +81,8 @@ def run(
     told = from_scan(native.numpy(), acquisition.grid, acquisition.world, thickness)
     low = estimate.linear_estimate(native, told, grid)
     record = experts[str(klass)]
-    image = torch.from_numpy(enhance(low, record, network=load_expert(record)))
+    network = load_expert(record)
+    image = torch.from_numpy(enhance(low, record, network=network))
     mask = eroded((truth > 0.05) & low.covered, 2)
     before = psnr(image, truth, mask)
     found = {}
@@ -99,6 +102,10 @@ def run(
         assumed["true width"] = true_width(acquisition)
         for name, width in assumed.items():
             found[name] = gain(step(image, native, with_width(told, width), grid))
+        for factor in MISTOLD:
+            mistold = estimate.linear_estimate(native, with_width(told, factor * used), grid)
+            other = torch.from_numpy(enhance(mistold, record, network=network))
+            found[f"network told width times {factor}"] = psnr(other, truth, mask) - before
     return found
 
 
