@@ -124,7 +124,7 @@ def open_crash_files(subject_dir: Path) -> list[Path]:
     """
     finished: dict[str, float] = {}
     for note in sorted((subject_dir / "log").glob(f"*/{DONE}"), key=lambda p: p.stat().st_mtime):
-        for name in note.read_text().split():
+        for name in note.read_text().splitlines():
             finished[workflow_name(name)] = note.stat().st_mtime
     left: dict[str, Path] = {}
     crashes = (subject_dir / "log").glob("*/crash-*.txt")
