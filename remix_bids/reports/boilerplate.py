@@ -209,6 +209,7 @@ def _plain(text: str) -> str:
     return (
         text.replace("{\\'e}", "é")
         .replace("{\\'o}", "ó")
+        .replace('{\\"a}', "ä")
         .replace("--", "-")
         .translate(str.maketrans("", "", "{}"))
     )
