@@ -108,8 +108,11 @@ def _bands(matrix: Tensor, rows: int = 32) -> list[tuple[slice, slice]]:
 def along_axis(matrix: Tensor, image: Tensor, axis: int) -> Tensor:
     """Apply a (m, n) matrix along one of the three last axes (0, 1, 2) of ``image``.
 
-    Matrices are mostly banded: blocks of rows skip the columns that are zero.
+    Matrices are mostly banded: on a CPU blocks of rows skip the columns that are zero. A GPU would
+    wait to find them longer than it takes for all.
     """
+    if matrix.is_cuda:
+        return _product(matrix, image, axis)
     blocks = _bands(matrix)
     if sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks) > 0.7 * matrix.numel():
         return _product(matrix, image, axis)

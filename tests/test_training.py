@@ -24,7 +24,8 @@ from remix_bids.training.dataset import (
     Pair,
     Person,
     Simulator,
-    draw_patches,
+    cut_patches,
+    draw_cuts,
     sharpened,
     study_shares,
     vary,
@@ -163,7 +164,25 @@ def test_a_volume_is_the_same_whenever_it_is_asked_for():
     two[0]
     for key, value in one[3].items():
         assert torch.equal(value, two[3][key])
-    assert not torch.equal(one[2]["inputs"], one[3]["inputs"])
+    assert not torch.equal(one[2]["volume"], one[3]["volume"])
+
+
+def test_patches_are_parts_of_their_volume_mirrored_and_swapped():
+    """Every voxel is told apart by its number, and the channels go with the axes."""
+    numbers = torch.arange(7 * 8**3).reshape(7, 8, 8, 8)
+    sizes = torch.tensor([1.0, 2.0, 4.0, 0.01])
+    cuts = torch.tensor([[1, 2, 3, 0, 0, 0, 0], [1, 2, 3, 1, 0, 0, 0], [1, 2, 3, 0, 0, 1, 1]])
+    sample = {"volume": numbers, "scan": sizes, "detail": torch.tensor(0.3), "cuts": cuts}
+    patches = cut_patches(sample, 4)
+    plain = numbers[:, 1:5, 2:6, 3:7]
+    assert torch.equal(patches["inputs"][0], plain[:-1])
+    assert torch.equal(patches["targets"][0], plain[-1])
+    assert torch.equal(patches["targets"][1], plain[-1].flip(0))
+    swapped = plain.flip(3).transpose(1, 2)
+    assert torch.equal(patches["targets"][2], swapped[-1])
+    assert torch.equal(patches["inputs"][2], swapped[[0, 1, 3, 2, 4, 5]])
+    assert patches["scan"].tolist() == [sizes.tolist()] * 2 + [sizes[[1, 0, 2, 3]].tolist()]
+    assert patches["detail"].tolist() == pytest.approx([0.3] * 3)
 
 
 def test_both_images_of_a_pair_share_contrast_and_scale():
@@ -212,6 +231,19 @@ def test_a_new_input_begins_at_zero():
     torch.testing.assert_close(new(x, scan), old(x[:, :5], scan))
 
 
+def test_a_wider_network_begins_as_the_narrow_one():
+    old, new = ResidualUNet(6, (4, 8, 8)), ResidualUNet(6, (4, 16, 24))
+    for parameter in old.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    begin_with(new, old.state_dict())
+    x = torch.rand(1, 6, 16, 16, 16)
+    scan = torch.tensor([[1.0, 1, 4, 0.01]])
+    torch.testing.assert_close(new(x, scan), old(x, scan))
+    assert not torch.equal(old(x, scan), x[:, :1])
+    new(x, scan).sum().backward()  # what was added learns
+    assert new.up[1].first.weight.grad[:, 4:8].any()
+
+
 class Constant(torch.nn.Module):
     """An error of the same size everywhere."""
 
@@ -241,6 +273,7 @@ class BlurredNoise:
     """A task for the loop itself: bring back the half of the detail that a blur has taken."""
 
     patches_per_volume = 16
+    patch = 16
 
     def __init__(self, seed=5):
         self.seed = seed
@@ -260,7 +293,7 @@ class BlurredNoise:
 
     def __getitem__(self, index):
         pair, rng = self.pair(index)
-        return draw_patches(rng, pair, self.patches_per_volume, 16)
+        return pair.sample(draw_cuts(rng, pair, self.patches_per_volume, self.patch))
 
 
 SETTINGS = {
@@ -337,17 +370,26 @@ def test_two_processes_hold_the_same_weights(tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+class Recorded(BlurredNoise):
+    """Remembers which volumes were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
 def test_processes_simulate_volumes_of_their_own(monkeypatch):
     seen = {}
     for rank in range(3):
         monkeypatch.setattr(team, "RANK", rank)
         monkeypatch.setattr(team, "SIZE", 3)
-        task, indices = BlurredNoise(), []
-        monkeypatch.setattr(BlurredNoise, "__getitem__", lambda self, i, _=indices: _.append(i))
-        schedule = Schedule(steps=16, **SETTINGS)
-        with pytest.raises(TypeError):  # nothing was simulated, so there is nothing to merge
-            next(batches(task, schedule, 0, torch.device("cpu")))
-        seen[rank] = indices
+        task = Recorded()
+        next(batches(task, Schedule(steps=16, **SETTINGS), 0, torch.device("cpu")))
+        seen[rank] = task.asked
     assert seen == {0: [0, 1], 1: [2, 3], 2: [4, 5]}
 
 

@@ -342,7 +342,11 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--stage", action="append", help="only this stage (can be repeated)")
     p.add_argument("--bank", type=Path, help="acquisitions of `harvest`; default: the shipped ones")
     p.add_argument("--device", default="cpu", help="cpu or cuda; several by torchrun")
-    p.add_argument("--workers", type=int, default=1, help="processes that simulate")
+    p.add_argument(
+        "--workers",
+        type=int,
+        help="processes that simulate on CPUs; 0: on the device (default: 0 on a GPU, else 1)",
+    )
     p.set_defaults(run=train)
 
     p = commands.add_parser("export", help=export.__doc__)

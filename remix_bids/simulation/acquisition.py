@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -62,11 +63,11 @@ class Geometry:
     held_out: bool = False
     world: tuple[tuple[float, ...], ...] | None = None
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return Grid(self.shape, np.array(self.affine))
 
-    @property
+    @cached_property
     def plane(self) -> str:
         grid = self.grid
         normal = grid.affine[:3, slice_axis(grid)]

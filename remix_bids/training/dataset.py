@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from remix_bids.experts.inference import network_input, slices_last
@@ -20,7 +19,7 @@ from remix_bids.simulation.degrade import acquire, add_rician_noise, bounding_bo
 from remix_bids.simulation.estimate import linear_estimate
 from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.simulation.slices import as_if_measured
-from remix_bids.spatial import WORKING_GRID, Grid
+from remix_bids.spatial import WORKING_GRID, Grid, along_axis
 
 COARSE_MM = 1.2
 """A person with a voxel side above this is no truth for detail."""
@@ -147,16 +146,15 @@ def sharpened(image: Tensor, amount: float, sigma: float = 1.0) -> Tensor:
 
     Scanners differ in how sharp their millimetre is, and most training images come from one.
     """
-    offsets = torch.arange(-3, 4, dtype=image.dtype, device=image.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    blurred = image[None, None]
+    blurred = image
     for axis in range(3):
-        size = [7 if a == axis else 1 for a in range(3)]
-        pad = [3 if a == axis else 0 for a in range(3)]
-        blurred = F.conv3d(blurred, kernel.view(1, 1, *size), padding=pad)
+        n = image.shape[axis]
+        offsets = torch.arange(n)[:, None] - torch.arange(n)
+        kernel = torch.exp(-0.5 * (offsets / sigma) ** 2) * (offsets.abs() <= 3)
+        kernel = kernel / kernel[n // 2].sum()
+        blurred = along_axis(kernel.to(image), blurred, axis)
     # Air stays air, and edges do not turn negative.
-    return (image + amount * (image - blurred[0, 0])).clamp(min=0) * (image > 0)
+    return (image + amount * (image - blurred)).clamp(min=0) * (image > 0)
 
 
 def vary(
@@ -204,6 +202,12 @@ class Pair:
     scan: Tensor
     target: Tensor
     detail: float
+
+    def sample(self, cuts: Tensor) -> dict[str, Tensor]:
+        """As tensors: ``volume`` (channels + 1, x, y, z) in float16, the target last, and cuts."""
+        volume = torch.cat([self.inputs, self.target[None]]).half()
+        detail = torch.tensor(self.detail).to(self.scan)
+        return {"volume": volume, "scan": self.scan, "detail": detail, "cuts": cuts}
 
 
 def simulate_pair(
@@ -272,16 +276,20 @@ def crop_to_foreground(image: Tensor, minimum: int) -> tuple[tuple[slice, ...], 
     return tuple(crop), _crop_grid(tuple(crop))
 
 
-def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) -> dict[str, Tensor]:
-    """Cut patches, four in five of them centred on foreground that was acquired.
+def draw_cuts(rng: np.random.Generator, pair: Pair, count: int, size: int) -> Tensor:
+    """Where to cut patches, four in five of them centred on foreground that was acquired.
 
     The way from thick slices to thin ones knows no left and right: patches are mirrored, and their
     in-plane axes swapped, at random.
+
+    Returns
+    -------
+    (count, 7) int tensor
+        First voxel along three axes, whether to mirror each of them, and whether to swap.
     """
     shape = pair.target.shape
     foreground = torch.nonzero((pair.target > 0.1) & (pair.inputs[1] > 0))
-    both = torch.cat([pair.inputs, pair.target[None]]).half()
-    inputs, targets, scans = [], [], []
+    cuts = []
     for _ in range(count):
         if rng.random() < 0.8 and len(foreground):
             centre = foreground[int(rng.integers(len(foreground)))].tolist()
@@ -290,21 +298,34 @@ def draw_patches(rng: np.random.Generator, pair: Pair, count: int, size: int) ->
             ]
         else:
             start = [int(rng.integers(n - size + 1)) for n in shape]
-        cut = both[(slice(None), *(slice(s, s + size) for s in start))]
-        cut = cut.flip([axis for axis in (1, 2, 3) if rng.random() < 0.5])
-        seen, scan = cut[:-1], pair.scan
-        target = cut[-1]
-        if rng.random() < 0.5:
-            seen = seen[[0, 1, 3, 2, 4, 5]].transpose(1, 2)
-            target, scan = target.transpose(0, 1), scan[[1, 0, 2, 3]]
-        inputs.append(seen)
-        targets.append(target)
-        scans.append(scan)
+        cuts.append([*start, *(rng.random(4) < 0.5).tolist()])
+    return torch.tensor(cuts, dtype=torch.int32)
+
+
+def cut_patches(sample: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Patches of a simulated volume, as `Simulator` gives it, on its device.
+
+    Returns
+    -------
+    dict
+        ``inputs`` (n, channels, size, size, size), ``targets`` (n, size, size, size), both float16,
+        ``scan`` (n, 4) and ``detail`` (n,).
+    """
+    volume, scan = sample["volume"], sample["scan"]
+    patches, scans = [], []
+    for *start, x, y, z, swap in sample["cuts"].tolist():
+        cut = volume[(slice(None), *(slice(s, s + size) for s in start))]
+        cut = cut.flip([axis for axis, mirror in enumerate((x, y, z), 1) if mirror])
+        if swap:
+            cut = cut[[0, 1, 3, 2, 4, 5, 6]].transpose(1, 2)
+        patches.append(cut)
+        scans.append(scan[[1, 0, 2, 3]] if swap else scan)
+    both = torch.stack(patches)
     return {
-        "inputs": torch.stack(inputs),
+        "inputs": both[:, :-1],
         "scan": torch.stack(scans),
-        "targets": torch.stack(targets),
-        "detail": torch.full((count,), pair.detail),
+        "targets": both[:, -1],
+        "detail": sample["detail"].expand(len(both)),
     }
 
 
@@ -363,9 +384,12 @@ class Simulator:
         return 2**31
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Volume ``index``: inputs (n, 3, p, p, p), targets (n, p, p, p) and detail (n,)."""
+        """Volume ``index``, and where `cut_patches` is to cut it.
+
+        One volume is less to hand from process to process, or to a GPU, than its patches are.
+        """
         pair, rng = self.pair(index)
-        return draw_patches(rng, pair, self.patches_per_volume, self.patch)
+        return pair.sample(draw_cuts(rng, pair, self.patches_per_volume, self.patch))
 
     def for_validation(self, seed: int) -> Simulator:
         """The same task on fixed volumes, without augmentation; half of them are noisy."""

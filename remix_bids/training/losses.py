@@ -6,6 +6,7 @@ All images are (n, x, y, z), scaled so that 1 is bright tissue; weights are (n, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,13 +40,16 @@ def gradient_mae(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return total / 3
 
 
-def _window(n: int, like: Tensor, size: int = 7, sigma: float = 1.5) -> Tensor:
-    offsets = torch.arange(size, dtype=like.dtype, device=like.device) - size // 2
+@lru_cache(maxsize=16)
+def _window(
+    n: int, dtype: torch.dtype, device: torch.device, size: int = 7, sigma: float = 1.5
+) -> Tensor:
+    offsets = torch.arange(size, dtype=dtype) - size // 2
     weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    matrix = like.new_zeros(n - size + 1, n)
+    matrix = torch.zeros(n - size + 1, n, dtype=dtype)
     for i in range(n - size + 1):
         matrix[i, i : i + size] = weights / weights.sum()
-    return matrix
+    return matrix.to(device)
 
 
 def ssim_map(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
@@ -56,7 +60,7 @@ def ssim_map(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
     (n, x - 6, y - 6, z - 6) tensor
         Only where the whole window fits.
     """
-    windows = [_window(n, x) for n in x.shape[1:]]
+    windows = [_window(n, x.dtype, x.device) for n in x.shape[1:]]
 
     def blur(image: Tensor) -> Tensor:
         for axis, window in enumerate(windows):

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,6 +30,7 @@ from remix_bids.training.trainer import Schedule, is_finished, read_metadata, tr
 
 LOGGER = logging.getLogger(__name__)
 EXPERTS = [str(k) for k in range(1, 8)]
+_NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths")
 
 
 def class_weights(stage: str, settings: dict[str, Any], own_share: float) -> tuple[float, ...]:
@@ -43,13 +43,40 @@ def class_weights(stage: str, settings: dict[str, Any], own_share: float) -> tup
     return tuple(weights.get(c, 0.0) for c in range(1, 8))
 
 
+def _corner(old: Tensor, new: Tensor) -> Tensor:
+    """``new`` with ``old`` in its first rows and columns, and zeros in the rest of those rows."""
+    grown = new.clone()
+    grown[: old.shape[0]] = 0
+    grown[tuple(slice(n) for n in old.shape)] = old
+    return grown
+
+
 def begin_with(network: ResidualUNet, weights: dict[str, Tensor]) -> None:
-    """Load weights; inputs that they do not know yet (the last channels) begin at zero."""
-    weights = {k: v.float() for k, v in weights.items()}
-    first = "down.0.first.weight"
-    lacking = network.state_dict()[first].shape[1] - weights[first].shape[1]
-    weights[first] = F.pad(weights[first], (0, 0, 0, 0, 0, 0, 0, lacking))
-    network.load_state_dict(weights)
+    """Load weights of a network that may have fewer inputs, and be narrower: it computes the same.
+
+    Inputs that it does not know yet (the last channels), and features that are added, begin at zero
+    weight in all that there was.
+    """
+    own = network.state_dict()
+    widths = [
+        [len(tensors[name]) for name in own if name.endswith("first.bias")]
+        for tensors in (weights, own)
+    ]
+    grown = {}
+    for name, new in own.items():
+        old = weights[name].float()
+        if name.startswith("up.") and name.endswith("first.weight"):
+            # What comes from below, and what was skipped.
+            halves = zip(old.chunk(2, dim=1), new.chunk(2, dim=1), strict=True)
+            grown[name] = torch.cat([_corner(*pair) for pair in halves], dim=1)
+        elif name.startswith("scan.2."):
+            # Factor and shift of every block.
+            before, after = ([w for w in of for _ in range(2)] for of in widths)
+            parts = zip(old.split(before), new.split(after), strict=True)
+            grown[name] = torch.cat([_corner(*pair) for pair in parts])
+        else:
+            grown[name] = _corner(old, new)
+    network.load_state_dict(grown)
 
 
 def loss_of(weights: Path) -> RemixLoss:
@@ -77,7 +104,7 @@ def run_recipe(
     only: Sequence[str] | None = None,
     bank: Path | None = None,
     device: str = "cpu",
-    workers: int = 1,
+    workers: int | None = None,
 ) -> None:
     """Train the stages of a recipe; finished stages are kept, a stopped one goes on.
 
@@ -93,6 +120,11 @@ def run_recipe(
         Stages to run; all by default.
     bank : Path, optional
         Geometries, as `remix-experts harvest` writes them; the shipped bank by default.
+    device : str
+        Where the networks learn.
+    workers : int, optional
+        Processes that simulate on the CPU meanwhile; 0 to simulate on ``device`` in turn with
+        learning. 0 on a GPU by default, else 1.
 
     Raises
     ------
@@ -103,21 +135,24 @@ def run_recipe(
     data = recipe["data"]
     geometries = [g for g in load_bank(bank) if not g.held_out]
     device = team.join(device)
+    if workers is None:
+        workers = 1 if device == "cpu" else 0
+    simulates = "cpu" if workers else device
     mask = np.load(prepared / "strip_mask.npy", allow_pickle=False)
     common = {
         "bank": geometries,
-        "strip_mask": torch.from_numpy(mask).to(device),
+        "strip_mask": torch.from_numpy(mask).to(simulates),
         "patch": data["patch"],
         "cube": data["cube"],
         "patches_per_volume": data["patches_per_volume"],
         "head_share": data["head_share"],
     }
-    persons = load_persons(prepared, "train", device)
-    unseen = load_persons(prepared, "validation", device)
+    persons = load_persons(prepared, "train", simulates)
+    unseen = load_persons(prepared, "validation", simulates)
     for number, (stage, settings) in enumerate(recipe["stages"].items()):
         if only and stage not in only:
             continue
-        own = {k: v for k, v in settings.items() if k not in ("start", "classes", "calibrate")}
+        own = {k: v for k, v in settings.items() if k not in _NOT_OF_SCHEDULE}
         schedule = Schedule(workers=workers, **own)
         if is_finished(output / stage, schedule):
             continue
@@ -135,7 +170,8 @@ def run_recipe(
             unseen, class_weights=weights, seed=data["seed"] + 7, **common
         ).for_validation(data["seed"] + 7)
         torch.manual_seed(data["seed"])
-        network = ResidualUNet(recipe["network"]["inputs"], tuple(recipe["network"]["widths"]))
+        widths = settings.get("widths", recipe["network"]["widths"])
+        network = ResidualUNet(recipe["network"]["inputs"], tuple(widths))
         loss = None
         if "start" in settings:
             start = output / settings["start"] / "best.safetensors"

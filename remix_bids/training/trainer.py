@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet, residual_scale
 from remix_bids.training import team
-from remix_bids.training.dataset import Simulator
+from remix_bids.training.dataset import Simulator, cut_patches
 from remix_bids.training.losses import PARTS, RemixLoss
 
 LOGGER = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Schedule:
     volumes_per_round: int = 24  # simulated volumes whose patches are shuffled together
     validate_every: int = 250
     validation_volumes: int = 12
-    workers: int = 1  # processes that simulate while the network learns
+    workers: int = 1  # processes that simulate while the network learns; 0: this one does
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine to ``final`` of the peak."""
@@ -57,6 +57,24 @@ class Schedule:
             return self.rate * (step + 1) / self.warmup
         share = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.rate * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def simulated(
+    simulator: Simulator, volumes: Sequence[int], workers: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Volumes by number, on a device, in order; workers simulate ahead of what is asked for."""
+    ahead = device.type == "cuda" and workers > 0
+    loader: DataLoader = DataLoader(
+        cast(Dataset, simulator),
+        batch_size=None,
+        sampler=volumes,
+        num_workers=workers,
+        pin_memory=ahead,
+    )
+    for sample in loader:
+        cuts = sample.pop("cuts")  # read here, so that nothing waits for the device
+        on_device = {key: value.to(device, non_blocking=ahead) for key, value in sample.items()}
+        yield on_device | {"cuts": cuts}
 
 
 def batches(
@@ -70,13 +88,9 @@ def batches(
         for turn in range(number, schedule.steps // per_round + 1)
         for i in range(schedule.volumes_per_round)
     ]
-    workers = 0 if device.type == "cuda" else schedule.workers
-    loader: DataLoader = DataLoader(
-        cast(Dataset, simulator), batch_size=None, sampler=volumes, num_workers=workers
-    )
     pool: list[dict[str, Tensor]] = []
-    for patches in loader:
-        pool.append(patches)
+    for sample in simulated(simulator, volumes, schedule.workers, device):
+        pool.append(cut_patches(sample, simulator.patch))
         if len(pool) < schedule.volumes_per_round:
             continue
         merged = {key: torch.cat([p[key] for p in pool]) for key in pool[0]}
@@ -86,8 +100,15 @@ def batches(
         )
         for i in range(skip, per_round):
             pick = torch.from_numpy(order[i * schedule.batch : (i + 1) * schedule.batch])
-            yield {key: value[pick.to(value.device)].to(device) for key, value in merged.items()}
+            pick = pick.to(device)
+            yield {key: value[pick] for key, value in merged.items()}
         number, skip = number + 1, 0
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 where it is faster: CPUs that lack it take a hundred times as long to imitate it."""
+    fast = device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def psnr(x: Tensor, y: Tensor, mask: Tensor) -> float:
@@ -98,26 +119,32 @@ def psnr(x: Tensor, y: Tensor, mask: Tensor) -> float:
 class Validation:
     """PSNR gain over the network's input on fixed volumes of persons who are never trained on."""
 
-    def __init__(self, simulator: Simulator, volumes: int, size: int = 96) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        volumes: int,
+        workers: int,
+        device: torch.device,
+        size: int = 96,
+    ) -> None:
         self._cases = []
-        for index in range(volumes):
-            pair, _ = simulator.pair(index)
+        for sample in simulated(simulator, range(volumes), workers, device):
+            volume = sample["volume"]
             middle = tuple(
                 slice(max(0, (n - size) // 2), max(0, (n - size) // 2) + size)
-                for n in pair.target.shape
+                for n in volume.shape[1:]
             )
-            inputs = pair.inputs[(slice(None), *middle)]
-            self._cases.append((inputs, pair.scan, pair.target[middle]))
+            self._cases.append((volume[(slice(None), *middle)].clone(), sample["scan"]))
 
     @torch.no_grad()
-    def __call__(self, network: ResidualUNet, device: torch.device) -> float:
+    def __call__(self, network: ResidualUNet) -> float:
         gains = []
-        for inputs, scan, target in self._cases:
-            side = [n - n % network.multiple for n in target.shape]
-            cut = tuple(slice(0, n) for n in side)
-            x, y = inputs[(slice(None), *cut)].to(device), target[cut].to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                out = network(x[None], scan[None].to(device))[0, 0].float()
+        for volume, scan in self._cases:
+            side = [n - n % network.multiple for n in volume.shape[1:]]
+            cut = volume[(slice(None), *(slice(0, n) for n in side))].float()
+            x, y = cut[:-1], cut[-1]
+            with half_precision(x.device):
+                out = network(x[None], scan[None])[0, 0].float()
             mask = (x[1] > 0) & (y > 0.05)
             gains.append(psnr(out, y, mask) - psnr(x[0], y, mask))
         return float(np.mean(gains))
@@ -162,6 +189,7 @@ class State:
             lr=schedule.rate,
             betas=(0.9, 0.99),
             weight_decay=0.0,
+            fused=device.type == "cuda",
         )
         self.step = 0
         self.loss: RemixLoss | None = None
@@ -210,7 +238,7 @@ def forward_parts(
     if network is None:
         output = inputs[:, 0]
     else:
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
+        with half_precision(inputs.device):
             output = network(inputs, batch["scan"])[:, 0]
         output = output.float()
     inner = (slice(None), *(slice(rim, n - rim) for n in output.shape[1:]))
@@ -262,7 +290,7 @@ def train(
         LOGGER.info("%s: going on from step %d", folder.name, state.step)
     if team.LEADS:
         (folder / "schedule.json").write_text(json.dumps(asdict(schedule), indent=1))
-        check = Validation(validation, schedule.validation_volumes)
+        check = Validation(validation, schedule.validation_volumes, schedule.workers, where)
     stream = batches(simulator, schedule, state.step, where)
     if state.loss is None:
         state.loss = loss
@@ -284,7 +312,7 @@ def train(
 
         def validate(rate: float, means: Sequence[float]) -> float:
             """One row of the log; the average is kept if it is the best so far."""
-            gain = check(state.average, where)
+            gain = check(state.average)
             numbers = [f"{v:.5f}" for v in means]
             writer.writerow([state.step, f"{rate:.3g}", *numbers, f"{gain:.3f}"])
             file.flush()
@@ -298,7 +326,7 @@ def train(
             writer.writerow(["step", "rate", "loss", *PARTS, "validation_gain_db"])
             if team.LEADS:  # what a stage begins with may be better than all that follows
                 validate(0.0, [math.nan] * (1 + len(PARTS)))
-        recent: list[list[float]] = []
+        recent: list[Tensor] = []  # read at validation: until then a GPU need not be waited for
         quiet = not (progress and team.LEADS)
         bar = tqdm(total=schedule.steps, initial=state.step, desc=folder.name, disable=quiet)
         for batch in stream:
@@ -321,11 +349,11 @@ def train(
                 state.average.parameters(), state.network.parameters(), strict=True
             ):
                 mean.lerp_(value.detach(), 1 - keep)
-            recent.append([float(total.detach()), *parts.detach().mean(dim=1).tolist()])
+            recent.append(torch.stack([total.detach(), *parts.detach().mean(dim=1)]))
             bar.update()
             due = state.step % schedule.validate_every == 0 or state.step == schedule.steps
             if due and team.LEADS:
-                gain = validate(rate, np.mean(recent, axis=0).tolist())
+                gain = validate(rate, torch.stack(recent).mean(dim=0).tolist())
                 recent = []
                 bar.set_postfix(gain=f"{gain:.2f} dB")
                 state.save(checkpoint)
