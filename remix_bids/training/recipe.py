@@ -30,7 +30,7 @@ from remix_bids.training.trainer import Schedule, is_finished, read_metadata, tr
 
 LOGGER = logging.getLogger(__name__)
 EXPERTS = [str(k) for k in range(1, 8)]
-_NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths")
+_NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths", "patches_per_volume")
 
 
 def class_weights(stage: str, settings: dict[str, Any], own_share: float) -> tuple[float, ...]:
@@ -144,7 +144,6 @@ def run_recipe(
         "strip_mask": torch.from_numpy(mask).to(simulates),
         "patch": data["patch"],
         "cube": data["cube"],
-        "patches_per_volume": data["patches_per_volume"],
         "head_share": data["head_share"],
     }
     persons = load_persons(prepared, "train", simulates)
@@ -165,7 +164,10 @@ def run_recipe(
                 )
         weights = class_weights(stage, settings, data["own_share"])
         seed = data["seed"] + 1000 * number
-        simulator = Simulator(persons, class_weights=weights, seed=seed, **common)
+        patches = settings.get("patches_per_volume", data["patches_per_volume"])
+        simulator = Simulator(
+            persons, class_weights=weights, seed=seed, patches_per_volume=patches, **common
+        )
         validation = Simulator(
             unseen, class_weights=weights, seed=data["seed"] + 7, **common
         ).for_validation(data["seed"] + 7)
