@@ -11,7 +11,7 @@ import torch
 
 from remix_bids.errors import UsageError
 from remix_bids.evaluation import claims
-from remix_bids.evaluation.cases import cases
+from remix_bids.evaluation.cases import cases, with_every_expert
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
     correlation,
@@ -150,6 +150,20 @@ def test_choices_are_made_on_other_acquisitions_than_those_reported():
     for one, two in zip(told, cases(chosen, protocol(), range(1, 8), [0.02]), strict=True):
         assert one.seed != two.seed
         assert not np.allclose(one.acquisition().grid.affine, two.acquisition().grid.affine)
+
+
+def test_further_geometries_until_every_expert_has_a_scan_of_every_person():
+    select = load_registry().select
+    few = cases(people(), protocol() | {"geometries_per_person": 1}, range(1, 8), [0.0])
+    many = cases(people(), protocol(), range(1, 8), [0.0])
+
+    def served(todo):
+        return {(c.person.name, select(c.acquisition().volume).name) for c in todo}
+
+    todo = with_every_expert(few, many, lambda volume: select(volume).name)
+    assert todo[: len(few)] == few
+    assert served(todo) == served(many) > served(few)
+    assert len(todo) == len(few) + len(served(many) - served(few))
 
 
 def test_a_coarse_image_is_no_truth_for_thin_slices():

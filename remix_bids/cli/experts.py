@@ -183,11 +183,12 @@ def _named_commands(options: list[str]) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
-    from remix_bids.evaluation.cases import cases
+    from remix_bids.evaluation.cases import cases, with_every_expert
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.settings import METHODS, Settings
     from remix_bids.evaluation.table import best_back_projection
+    from remix_bids.experts.registry import load_registry
     from remix_bids.registration.affine import Templates
     from remix_bids.training.dataset import load_persons
 
@@ -198,15 +199,20 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UsageError("--tune measures back-projection only: leave out --methods")
     shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
     protocol = tomllib.loads((args.protocol or shipped).read_text())
+    most = protocol["geometries_per_person"]
     if args.geometries:
         protocol["geometries_per_person"] = args.geometries
-    persons = load_persons(args.prepared, args.split)
+    persons = load_persons(args.prepared, args.split)[: args.persons]
     if not persons:
         raise UsageError(f"{args.prepared} holds no persons of the split {args.split!r}")
     if args.segmenter_command:
         parse_command(args.segmenter_command)
     noise = protocol["noise"] if args.noise is None else args.noise
-    todo = cases(persons[: args.persons], protocol, args.classes, noise)
+    todo = cases(persons, protocol, args.classes, noise)
+    if args.every_expert:
+        more = cases(persons, protocol | {"geometries_per_person": most}, args.classes, noise)
+        registry = load_registry(args.experts_dir)
+        todo = with_every_expert(todo, more, lambda volume: registry.select(volume).name)
     if not todo:
         raise UsageError("no person is fine enough for these classes: nothing to evaluate")
     mask = args.prepared / "strip_mask.npy"
@@ -368,6 +374,11 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--persons", type=int, help="only so many")
     p.add_argument("--noise", type=float, nargs="+", help="default: the protocol's levels")
     p.add_argument("--geometries", type=int, help="per person and class; default: the protocol's")
+    p.add_argument(
+        "--every-expert",
+        action="store_true",
+        help="and further ones of the protocol's, until every expert has a scan of every person",
+    )
     p.add_argument(
         "--methods",
         nargs="+",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -109,3 +109,26 @@ def cases(
         for j in range(protocol["geometries_per_person"])
         for sigma in noise
     ]
+
+
+def with_every_expert(
+    chosen: Sequence[Case], more: Sequence[Case], expert: Callable[[float], str]
+) -> list[Case]:
+    """Cases, and of further ones the first of each person for every expert that has none yet.
+
+    A class is drawn from a range of voxel volumes, and ranges overlap: the gate may send none of a
+    person's scans to some expert.
+
+    Parameters
+    ----------
+    expert : callable
+        Which expert serves an effective voxel volume (mm3).
+    """
+    served = {(c.person.name, c.noise, expert(c.acquisition().volume)) for c in chosen}
+    added = []
+    for case in sorted(more, key=lambda c: c.number):
+        key = case.person.name, case.noise, expert(case.acquisition().volume)
+        if key not in served:
+            served.add(key)
+            added.append(case)
+    return [*chosen, *added]
