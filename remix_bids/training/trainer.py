@@ -177,6 +177,11 @@ class State:
 
     def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
         self.network = network.to(device)
+        gpu = device.type == "cuda"
+        if gpu:  # what its convolutions work on; else they convert every weight in every step
+            for weight in network.parameters():
+                if weight.ndim == 5:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         weights = [p for p in self.network.parameters() if p.ndim > 1]
         biases = [p for p in self.network.parameters() if p.ndim == 1]
@@ -189,7 +194,7 @@ class State:
             lr=schedule.rate,
             betas=(0.9, 0.99),
             weight_decay=0.0,
-            fused=device.type == "cuda",
+            fused=gpu,
         )
         self.step = 0
         self.loss: RemixLoss | None = None
