@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from variants import restored, train
+from variants import patches, restored, train
 
 from remix_bids.evaluation.metrics import correlation, psnr, ssim
 from remix_bids.experts.inference import load_expert
@@ -41,16 +41,10 @@ def loss_of(arm: str, whole: RemixLoss) -> RemixLoss:
 def begin(arm: str) -> tuple[ResidualUNet, float]:
     """The network that an arm begins with, and its rate."""
     torch.manual_seed(0)
-    network = ResidualUNet()
+    shipped = load_expert(load_registry()[GENERAL])
     if arm == "not transferred":
-        return network, RATE_FROM_SCRATCH
-    network.load_state_dict(load_expert(load_registry()[GENERAL]).state_dict())
-    return network, RATE
-
-
-def patches(simulator: Simulator, volumes: int) -> dict[str, torch.Tensor]:
-    drawn = [simulator[i] for i in range(volumes)]
-    return {key: torch.cat([one[key] for one in drawn]) for key in drawn[0]}
+        return ResidualUNet(shipped.inputs, shipped.widths), RATE_FROM_SCRATCH
+    return shipped.train(), RATE
 
 
 def measure(network: ResidualUNet, pairs: list) -> list[float]:

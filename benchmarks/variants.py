@@ -18,9 +18,9 @@ import torch
 
 from remix_bids.experts import unet
 from remix_bids.simulation.acquisition import load_bank
-from remix_bids.training.dataset import OFF, Pair, Simulator, load_persons
+from remix_bids.training.dataset import OFF, Pair, Simulator, cut_patch, load_persons
 from remix_bids.training.losses import RemixLoss
-from remix_bids.training.trainer import forward_parts, psnr
+from remix_bids.training.trainer import forward_parts, half_precision, psnr
 
 FACTORS = (1.0, 0.4, 0.15, 0.2)
 CLASS_4 = (0, 0, 0, 1, 0, 0, 0)
@@ -83,12 +83,22 @@ def train(
         optimiser.step()
 
 
+def patches(simulator: Simulator, volumes: int) -> dict[str, torch.Tensor]:
+    """All patches of some volumes."""
+    drawn = [
+        cut_patch(sample, i, simulator.patch)
+        for sample in map(simulator.__getitem__, range(volumes))
+        for i in range(simulator.patches_per_volume)
+    ]
+    return {key: torch.stack([one[key] for one in drawn]) for key in drawn[0]}
+
+
 @torch.no_grad()
 def restored(network: unet.ResidualUNet, pair: Pair) -> tuple[torch.Tensor, ...]:
     """Output, input and target in the middle of a simulated volume, and where the head is."""
     middle = slice(16, 112)
     x, y = pair.inputs[:, middle, middle, middle], pair.target[middle, middle, middle]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with half_precision(x.device):
         out = network(x[None], pair.scan[None])[0, 0].float()
     return out, x[0], y, (x[1] > 0) & (y > 0.05)
 
@@ -114,8 +124,7 @@ def main() -> None:
             brains, bank, strip, CLASS_4, seed=seed, patches_per_volume=16, augment=OFF
         )
 
-    drawn = [simulator("train", 3026)[i] for i in range(given.volumes)]
-    pool = {key: torch.cat([patches[key] for patches in drawn]) for key in drawn[0]}
+    pool = patches(simulator("train", 3026), given.volumes)
     pairs = [simulator("validation", 2033).pair(i)[0] for i in range(8)]
     thick = [p for p in pairs if p.scan[:3].max() > 3]
     other = [p for p in pairs if p.scan[:3].max() <= 3]

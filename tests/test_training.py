@@ -1,9 +1,11 @@
 """Losses by identities; the loop by its promises: it learns, resumes and repeats."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 
 from remix_bids.errors import UsageError
+from remix_bids.experts.registry import GENERAL
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
 from remix_bids.spatial import WORKING_GRID
@@ -24,7 +27,7 @@ from remix_bids.training.dataset import (
     Pair,
     Person,
     Simulator,
-    cut_patches,
+    cut_patch,
     draw_cuts,
     sharpened,
     study_shares,
@@ -39,8 +42,22 @@ from remix_bids.training.losses import (
     ssim_loss,
     ssim_map,
 )
-from remix_bids.training.recipe import begin_with, class_weights, loss_of, run_recipe
-from remix_bids.training.trainer import Schedule, batches, forward_parts, save_network, train
+from remix_bids.training.recipe import (
+    EXPERTS,
+    NOT_OF_SCHEDULE,
+    begin_with,
+    class_weights,
+    loss_of,
+    run_recipe,
+)
+from remix_bids.training.trainer import (
+    Schedule,
+    batches,
+    forward_parts,
+    read_metadata,
+    save_network,
+    train,
+)
 
 from .test_spatial import smooth_image
 
@@ -171,18 +188,21 @@ def test_patches_are_parts_of_their_volume_mirrored_and_swapped():
     """Every voxel is told apart by its number, and the channels go with the axes."""
     numbers = torch.arange(7 * 8**3).reshape(7, 8, 8, 8)
     sizes = torch.tensor([1.0, 2.0, 4.0, 0.01])
-    cuts = torch.tensor([[1, 2, 3, 0, 0, 0, 0], [1, 2, 3, 1, 0, 0, 0], [1, 2, 3, 0, 0, 1, 1]])
+    how = [[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 1]]  # mirrored, swapped
+    cuts = torch.tensor([[1, 2, 3, *one] for one in how])
     sample = {"volume": numbers, "scan": sizes, "detail": torch.tensor(0.3), "cuts": cuts}
-    patches = cut_patches(sample, 4)
+    patches = [cut_patch(sample, i, 4) for i in range(4)]
     plain = numbers[:, 1:5, 2:6, 3:7]
-    assert torch.equal(patches["inputs"][0], plain[:-1])
-    assert torch.equal(patches["targets"][0], plain[-1])
-    assert torch.equal(patches["targets"][1], plain[-1].flip(0))
-    swapped = plain.flip(3).transpose(1, 2)
-    assert torch.equal(patches["targets"][2], swapped[-1])
-    assert torch.equal(patches["inputs"][2], swapped[[0, 1, 3, 2, 4, 5]])
-    assert patches["scan"].tolist() == [sizes.tolist()] * 2 + [sizes[[1, 0, 2, 3]].tolist()]
-    assert patches["detail"].tolist() == pytest.approx([0.3] * 3)
+    assert torch.equal(patches[0]["inputs"], plain[:-1])
+    assert torch.equal(patches[0]["targets"], plain[-1])
+    assert torch.equal(patches[1]["targets"], plain[-1].flip(0))
+    assert torch.equal(patches[2]["targets"], plain[-1].flip(1))
+    swapped = plain.flip(1, 3).transpose(1, 2)  # mirrored first
+    assert torch.equal(patches[3]["targets"], swapped[-1])
+    assert torch.equal(patches[3]["inputs"], swapped[[0, 1, 3, 2, 4, 5]])
+    assert [p["scan"].tolist() for p in patches[:3]] == [sizes.tolist()] * 3
+    assert patches[3]["scan"].tolist() == sizes[[1, 0, 2, 3]].tolist()
+    assert float(patches[0]["detail"]) == pytest.approx(0.3)
 
 
 def test_both_images_of_a_pair_share_contrast_and_scale():
@@ -241,7 +261,8 @@ def test_a_wider_network_begins_as_the_narrow_one():
     torch.testing.assert_close(new(x, scan), old(x, scan))
     assert not torch.equal(old(x, scan), x[:, :1])
     new(x, scan).sum().backward()  # what was added learns
-    assert new.up[1].first.weight.grad[:, 4:8].any()
+    assert new.up[0].first.weight.grad[:8, 8:16].any()
+    assert new.down[2].first.weight.grad[:8, 8:].any()
 
 
 class Constant(torch.nn.Module):
@@ -426,6 +447,51 @@ def test_a_finished_stage_needs_no_start(tmp_path):
     recipe.write_text(design.format(6))
     with pytest.raises(UsageError, match="no persons of the split 'train'"):
         run_recipe(recipe, tmp_path, tmp_path / "out")
+
+
+def test_a_network_does_not_begin_as_a_wider_or_deeper_one():
+    narrow = ResidualUNet(6, (4, 8, 8))
+    for other in (ResidualUNet(6, (4, 8, 16)), ResidualUNet(6, (4, 8, 8, 8))):
+        with pytest.raises(UsageError, match="as wide, or narrower"):
+            begin_with(narrow, other.state_dict())
+
+
+def test_stages_take_their_width_from_their_start_and_their_patches_from_the_recipe(tmp_path):
+    """Two stages of one step each, from prepared persons to weights."""
+    rows = []
+    for p, split in ((person(0), "train"), (person(1, head=False), "validation")):
+        np.save(tmp_path / f"{p.name}.npy", p.image.numpy())
+        told = {"name": p.name, "file": f"{p.name}.npy", "split": split, "head": p.head}
+        rows.append(told | {"voxel_sizes": [1.0] * 3, "world": np.eye(4).tolist()})
+    (tmp_path / "persons.json").write_text(json.dumps({"persons": rows}))
+    np.save(tmp_path / "strip_mask.npy", np.ones(WORKING_GRID.shape, dtype=bool))
+    stage = "steps = 1\nvolumes_per_round = 1\nvalidation_volumes = 1\n"
+    (tmp_path / "recipe.toml").write_text(
+        "[network]\ninputs = 6\nwidths = [4, 8, 8]\n"
+        "[data]\npatch = 32\ncube = 64\npatches_per_volume = 2\nhead_share = 0.5\n"
+        "own_share = 1.0\nseed = 1\n"
+        f"[stages.trunk]\n{stage}classes = [0, 0, 0, 0, 1, 0, 0]\nwidths = [4, 8, 16]\n"
+        f'[stages.5]\n{stage}start = "trunk"\nbatch = 4\npatches_per_volume = 4\n'
+    )
+    run_recipe(tmp_path / "recipe.toml", tmp_path, tmp_path / "out")
+    for name in ("trunk", "5"):
+        best = tmp_path / "out" / name / "best.safetensors"
+        assert read_metadata(best, "network")["widths"] == [4, 8, 16]
+        progress = read_metadata(tmp_path / "out" / name / "checkpoint.safetensors", "progress")
+        assert progress["step"] == 1
+
+
+def test_the_shipped_recipe_is_whole():
+    """Every stage has settings that exist, begins with one before it, and the experts ship."""
+    recipe = tomllib.loads((ROOT / "remix_bids" / "data" / "recipe.toml").read_text())
+    before: set[str] = set()
+    for name, settings in recipe["stages"].items():
+        assert settings.get("start", name) in before | {name}
+        assert ("start" in settings) == bool(before)
+        Schedule(**{k: v for k, v in settings.items() if k not in NOT_OF_SCHEDULE})
+        assert sum(class_weights(name, settings, 1.0)) > 0
+        before.add(name)
+    assert {*EXPERTS, GENERAL} <= before
 
 
 def test_a_stage_is_never_worse_than_what_it_begins_with(tmp_path):

@@ -377,7 +377,7 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--every-expert",
         action="store_true",
-        help="and further ones of the protocol's, until every expert has a scan of every person",
+        help="and further ones of the protocol's six, until they give every expert every person",
     )
     p.add_argument(
         "--methods",

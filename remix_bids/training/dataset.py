@@ -302,31 +302,23 @@ def draw_cuts(rng: np.random.Generator, pair: Pair, count: int, size: int) -> Te
     return torch.tensor(cuts, dtype=torch.int32)
 
 
-def cut_patches(sample: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Patches of a simulated volume, as `Simulator` gives it, on its device.
+def cut_patch(sample: dict[str, Tensor], number: int, size: int) -> dict[str, Tensor]:
+    """One patch of a simulated volume, as `Simulator` gives it, on its device.
 
     Returns
     -------
     dict
-        ``inputs`` (n, channels, size, size, size), ``targets`` (n, size, size, size), both float16,
-        ``scan`` (n, 4) and ``detail`` (n,).
+        ``inputs`` (channels, size, size, size) and ``targets`` (size, size, size) in float16,
+        ``scan`` (4,) and ``detail`` ().
     """
-    volume, scan = sample["volume"], sample["scan"]
-    patches, scans = [], []
-    for *start, x, y, z, swap in sample["cuts"].tolist():
-        cut = volume[(slice(None), *(slice(s, s + size) for s in start))]
-        cut = cut.flip([axis for axis, mirror in enumerate((x, y, z), 1) if mirror])
-        if swap:
-            cut = cut[[0, 1, 3, 2, 4, 5, 6]].transpose(1, 2)
-        patches.append(cut)
-        scans.append(scan[[1, 0, 2, 3]] if swap else scan)
-    both = torch.stack(patches)
-    return {
-        "inputs": both[:, :-1],
-        "scan": torch.stack(scans),
-        "targets": both[:, -1],
-        "detail": sample["detail"].expand(len(both)),
-    }
+    *start, x, y, z, swap = sample["cuts"][number].tolist()
+    cut = sample["volume"][(slice(None), *(slice(s, s + size) for s in start))]
+    cut = cut.flip([axis for axis, mirror in enumerate((x, y, z), 1) if mirror])
+    scan = sample["scan"]
+    if swap:
+        cut = cut[[0, 1, 3, 2, 4, 5, 6]].transpose(1, 2)
+        scan = scan[[1, 0, 2, 3]]
+    return {"inputs": cut[:-1], "targets": cut[-1], "scan": scan, "detail": sample["detail"]}
 
 
 def study_shares(persons: Sequence[Person]) -> np.ndarray:
@@ -384,7 +376,7 @@ class Simulator:
         return 2**31
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Volume ``index``, and where `cut_patches` is to cut it.
+        """Volume ``index``, and where `cut_patch` is to cut it.
 
         One volume is less to hand from process to process, or to a GPU, than its patches are.
         """

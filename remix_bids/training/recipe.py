@@ -30,7 +30,7 @@ from remix_bids.training.trainer import Schedule, is_finished, read_metadata, tr
 
 LOGGER = logging.getLogger(__name__)
 EXPERTS = [str(k) for k in range(1, 8)]
-_NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths", "patches_per_volume")
+NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths", "patches_per_volume")
 
 
 def class_weights(stage: str, settings: dict[str, Any], own_share: float) -> tuple[float, ...]:
@@ -56,8 +56,18 @@ def begin_with(network: ResidualUNet, weights: dict[str, Tensor]) -> None:
 
     Inputs that it does not know yet (the last channels), and features that are added, begin at zero
     weight in all that there was.
+
+    Raises
+    ------
+    UsageError
+        If the network that they are of is wider, or has other levels.
     """
     own = network.state_dict()
+    fits = weights.keys() == own.keys() and all(
+        n >= o for name in own for n, o in zip(own[name].shape, weights[name].shape, strict=True)
+    )
+    if not fits:
+        raise UsageError("a stage can only start from a network that is as wide, or narrower")
     widths = [
         [len(tensors[name]) for name in own if name.endswith("first.bias")]
         for tensors in (weights, own)
@@ -151,7 +161,7 @@ def run_recipe(
     for number, (stage, settings) in enumerate(recipe["stages"].items()):
         if only and stage not in only:
             continue
-        own = {k: v for k, v in settings.items() if k not in _NOT_OF_SCHEDULE}
+        own = {k: v for k, v in settings.items() if k not in NOT_OF_SCHEDULE}
         schedule = Schedule(workers=workers, **own)
         if is_finished(output / stage, schedule):
             continue
@@ -172,11 +182,13 @@ def run_recipe(
             unseen, class_weights=weights, seed=data["seed"] + 7, **common
         ).for_validation(data["seed"] + 7)
         torch.manual_seed(data["seed"])
-        widths = settings.get("widths", recipe["network"]["widths"])
-        network = ResidualUNet(recipe["network"]["inputs"], tuple(widths))
-        loss = None
+        widths, loss = recipe["network"]["widths"], None
         if "start" in settings:
             start = output / settings["start"] / "best.safetensors"
+            widths = read_metadata(start, "network")["widths"]
+        widths = settings.get("widths", widths)
+        network = ResidualUNet(recipe["network"]["inputs"], tuple(widths))
+        if "start" in settings:
             begin_with(network, load_file(str(start)))
             if not settings.get("calibrate", False):
                 loss = loss_of(start)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet, residual_scale
 from remix_bids.training import team
-from remix_bids.training.dataset import Simulator, cut_patches
+from remix_bids.training.dataset import Simulator, cut_patch
 from remix_bids.training.losses import PARTS, RemixLoss
 
 LOGGER = logging.getLogger(__name__)
@@ -90,24 +90,28 @@ def batches(
     ]
     pool: list[dict[str, Tensor]] = []
     for sample in simulated(simulator, volumes, schedule.workers, device):
-        pool.append(cut_patches(sample, simulator.patch))
+        pool.append(sample)
         if len(pool) < schedule.volumes_per_round:
             continue
-        merged = {key: torch.cat([p[key] for p in pool]) for key in pool[0]}
-        pool = []
+        of_volume = simulator.patches_per_volume
         order = np.random.default_rng([simulator.seed, 1, number]).permutation(
-            len(merged["detail"])
+            len(pool) * of_volume
         )
         for i in range(skip, per_round):
-            pick = torch.from_numpy(order[i * schedule.batch : (i + 1) * schedule.batch])
-            pick = pick.to(device)
-            yield {key: value[pick] for key, value in merged.items()}
+            pick = order[i * schedule.batch : (i + 1) * schedule.batch]
+            patches = [
+                cut_patch(pool[n // of_volume], n % of_volume, simulator.patch) for n in pick
+            ]
+            yield {key: torch.stack([p[key] for p in patches]) for key in patches[0]}
+        pool = []
         number, skip = number + 1, 0
 
 
 def half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16 where it is faster: CPUs that lack it take a hundred times as long to imitate it."""
-    fast = device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """bfloat16, but on CPUs that lack it: they take a hundred times as long to imitate it."""
+    fast = device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
@@ -177,11 +181,6 @@ class State:
 
     def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
         self.network = network.to(device)
-        gpu = device.type == "cuda"
-        if gpu:  # what its convolutions work on; else they convert every weight in every step
-            for weight in network.parameters():
-                if weight.ndim == 5:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         weights = [p for p in self.network.parameters() if p.ndim > 1]
         biases = [p for p in self.network.parameters() if p.ndim == 1]
@@ -194,7 +193,7 @@ class State:
             lr=schedule.rate,
             betas=(0.9, 0.99),
             weight_decay=0.0,
-            fused=gpu,
+            fused=device.type == "cuda",
         )
         self.step = 0
         self.loss: RemixLoss | None = None
@@ -354,7 +353,8 @@ def train(
                 state.average.parameters(), state.network.parameters(), strict=True
             ):
                 mean.lerp_(value.detach(), 1 - keep)
-            recent.append(torch.stack([total.detach(), *parts.detach().mean(dim=1)]))
+            if team.LEADS:
+                recent.append(torch.stack([total.detach(), *parts.detach().mean(dim=1)]))
             bar.update()
             due = state.step % schedule.validate_every == 0 or state.step == schedule.steps
             if due and team.LEADS:
