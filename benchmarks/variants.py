@@ -52,8 +52,8 @@ class Unscaled(unet.ResidualUNet):
 
 
 VARIANTS = {
-    "shipped": (unet.ResidualUNet, 1e-3),
-    "shipped, rate 5e-4": (unet.ResidualUNet, 5e-4),
+    "narrow": (unet.ResidualUNet, 1e-3),
+    "narrow, rate 5e-4": (unet.ResidualUNet, 5e-4),
     "not told the voxel sizes": (Blind, 1e-3),
     "not told the noise": (Deaf, 1e-3),
     "residual not scaled, rate 5e-4": (Unscaled, 5e-4),

@@ -108,7 +108,7 @@ def batches(
 
 
 def half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16, but on CPUs that lack it: they take a hundred times as long to imitate it."""
+    """bfloat16, but not on CPUs that lack it: they take far longer to imitate it than float32."""
     fast = device.type != "cpu" or (
         torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
