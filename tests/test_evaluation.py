@@ -241,7 +241,7 @@ def measured(todo, digest=None):
     settings = Settings(protocol())
     return [
         {"person": c.person.name, "drawn": str(c.drawn), "number": str(c.number),
-         "noise": str(c.noise), "affine": "true", "setup": digest or settings.setup(method),
+         "noise": str(c.noise), "affine": "true", "setup": digest or settings.setup(method, "3"),
          "method": method, "dice": "",
          "class": "3", "kind": c.kind, "voxel_sizes": "1.00 x 1.00 x 3.00", "volume": "3.0",
          "profile": "box"}
@@ -313,7 +313,7 @@ def test_rows_that_do_not_belong_together_are_not_joined():
     others = [row for row in rows if row["method"] == "cubic"]
     with pytest.raises(UsageError, match="11 of 12 cases lack methods that others have, the first"):
         joined([others, networks[:1]])
-    with pytest.raises(UsageError, match="several sets of experts"):
+    with pytest.raises(UsageError, match="of the expert 3 are of several sets"):
         joined([rows, [row | {"setup": "0123abcd"} for row in networks[:3]]])
     assert joined([[row | {"setup": "0123abcd"} for row in others], networks])
     with pytest.raises(UsageError, match="several protocols"):
@@ -339,16 +339,20 @@ def test_rows_of_other_experts_are_not_mixed_in():
         finished(measured(todo), todo, registered)
 
 
-def test_rows_without_networks_outlive_the_experts(tmp_path):
+def test_rows_outlive_experts_that_did_not_make_them(tmp_path):
+    """One expert is followed by more steps than before: its own rows alone are lost."""
     table = load_registry()["1"].path.with_name("experts.toml").read_text()
-    assert "consistency_steps = 2" in table
-    changed = table.replace("consistency_steps = 2", "consistency_steps = 3")
-    (tmp_path / "experts.toml").write_text(changed)
+    before, own = table.split("[expert.2]")
+    assert "consistency_steps = 2" in own
+    changed = own.replace("consistency_steps = 2", "consistency_steps = 3", 1)
+    (tmp_path / "experts.toml").write_text(f"{before}[expert.2]{changed}")
     shipped = Settings(protocol())
     others = replace(shipped, experts_dir=tmp_path)
     for method in METHODS:
-        same = shipped.setup(method) == others.setup(method)
-        assert same == (method not in ("general", "expert", SHIPS))
+        for klass in "1234567":
+            same = shipped.setup(method, klass) == others.setup(method, klass)
+            assert same == (method not in ("expert", SHIPS) or klass != "2")
+    assert shipped.setup("general", "7") != shipped.setup("expert", "7")
 
 
 def held(found, part):

@@ -10,6 +10,7 @@ from pathlib import Path
 from remix_bids.errors import UsageError
 from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.settings import NETWORKS, Settings
+from remix_bids.experts.registry import GENERAL
 
 SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
 """What a row tells of the scan."""
@@ -66,7 +67,8 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
             "another file, and join the two by remix-experts table"
         )
     if any(
-        (row["setup"], row["affine"]) != (settings.setup(row["method"]), settings.affine)
+        (row["setup"], row["affine"])
+        != (settings.setup(row["method"], row["class"]), settings.affine)
         for row in rows
     ):
         raise UsageError(
@@ -107,7 +109,7 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     Raises
     ------
     UsageError
-        If networks of several sets of experts are among them, rows are of several protocols, a
+        If rows of one expert are of several networks, rows are of several protocols, a
         case is not the same scan in all runs, or cases lack a method, or its Dice, that others
         have: a mean over such rows would mislead.
     """
@@ -119,8 +121,14 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
             row = before | {key: value for key, value in row.items() if value != ""}
         case[row["method"]] = row
     rows = [row for methods in cases.values() for row in methods.values()]
-    if len({row["setup"] for row in rows if row["method"] in NETWORKS}) > 1:
-        raise UsageError("the networks' rows are of several sets of experts, or of two protocols")
+    setups: dict[str, set[str]] = {}
+    for row in rows:
+        if row["method"] in NETWORKS:
+            network = GENERAL if row["method"] == GENERAL else f"expert {row['class']}"
+            setups.setdefault(network, set()).add(row["setup"])
+    for network, found in setups.items():
+        if len(found) > 1:
+            raise UsageError(f"the rows of the {network} are of several sets, or protocols")
     if len({row["setup"] for row in rows if row["method"] not in NETWORKS}) > 1:
         raise UsageError("the rows without networks are of several protocols")
     for key, methods in cases.items():

@@ -184,11 +184,12 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     covered = coverage(mapping, acquisition.grid.shape, grid.shape)
     mask = eroded(brain & covered, settings.protocol["erosion"])
     outside = covered & ~grown(brain, 5) & (truth > FOREGROUND)
+    klass = registry.select(acquisition.volume).name
     about = {
         "person": case.person.name,
         "drawn": case.drawn,
         "number": case.number,
-        "class": registry.select(acquisition.volume).name,
+        "class": klass,
         "kind": case.source,
         "voxel_sizes": " x ".join(f"{s:.2f}" for s in acquisition.grid.voxel_sizes),
         "volume": acquisition.volume,
@@ -208,7 +209,8 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         if key not in measured:
             masks = mask, covered, outside
             measured[key] = _measure(case.person, image, truth, masks, grid, settings, key[1])
-        rows.append(about | {"setup": settings.setup(method), "method": method} | measured[key])
+        setup = settings.setup(method, klass)
+        rows.append(about | {"setup": setup, "method": method} | measured[key])
     return rows
 
 

@@ -62,22 +62,24 @@ class Settings:
         """Which affine is used, as it stands in the rows."""
         return "registered" if self.templates else "true"
 
-    def setup(self, method: str) -> str:
-        """First digits of a sha256 of what decides a method's rows.
+    def setup(self, method: str, klass: str) -> str:
+        """First digits of a sha256 of what decides a method's rows of a class.
 
-        The protocol; of networks the experts and their steps, too. Other rows outlive the experts.
+        The protocol; of networks, the one that is run and its steps, too. So rows of an expert
+        outlive the others, and rows without networks outlive them all.
         """
-        return self._digests[method in NETWORKS]
+        record = {GENERAL: GENERAL, EXPERT: klass, SHIPS: klass}.get(method)
+        return self._digests[record]
 
     @cached_property
-    def _digests(self) -> tuple[str, str]:
-        """Without experts, and with them."""
-        experts = [(e.sha256, e.consistency_steps) for e in load_registry(self.experts_dir)]
+    def _digests(self) -> dict[str | None, str]:
+        """By the name of the network that is run; None: without one."""
         chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
         protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
 
-        def digest(records: list) -> str:
-            told = json.dumps([records, protocol, self.tune], sort_keys=True)
+        def digest(*network: str | int) -> str:
+            told = json.dumps([network, protocol, self.tune], sort_keys=True)
             return hashlib.sha256(told.encode()).hexdigest()[:8]
 
-        return digest([]), digest(experts)
+        experts = load_registry(self.experts_dir)
+        return {e.name: digest(e.sha256, e.consistency_steps) for e in experts} | {None: digest()}
