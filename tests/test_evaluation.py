@@ -242,7 +242,7 @@ def measured(todo, digest=None):
     return [
         {"person": c.person.name, "drawn": str(c.drawn), "number": str(c.number),
          "noise": str(c.noise), "affine": "true", "setup": digest or settings.setup(method, "3"),
-         "method": method, "dice": "",
+         "method": method, "dice": "", "segmenter": "",
          "class": "3", "kind": c.kind, "voxel_sizes": "1.00 x 1.00 x 3.00", "volume": "3.0",
          "profile": "box"}
         for c in todo
@@ -292,6 +292,10 @@ def test_manual_classes_are_found_later():
     rows = [row | {"dice": "0.9", "dice_manual": ""} for row in measured(todo)]
     settings = Settings(protocol(), methods=("cubic", "expert"), segmenter="atropos")
     assert finished(rows, todo, settings) == rows
+    other = [row | {"segmenter": "command 01234567"} for row in rows]
+    with pytest.raises(UsageError, match="another segmenter"):
+        finished(other, todo, settings)
+    assert finished(other, todo, replace(settings, segmenter=None)) == other
     left = finished(rows, todo, replace(settings, labels=Path("manual")))
     assert left == [row for row in rows if row["number"] != "0"]
 
@@ -322,6 +326,12 @@ def test_rows_that_do_not_belong_together_are_not_joined():
         joined([[row | {"dice": "0.9"} for row in (rows[0], *rows[2:])], rows[1:2]])
     with pytest.raises(UsageError, match=r"p0, class 3, geometry 0, .* not the same scan"):
         joined([rows, [others[0] | {"volume": "3.1"}]])
+    with pytest.raises(UsageError, match="several affines: registered, true"):
+        joined([rows, [row | {"affine": "registered"} for row in rows]])
+    two = [[row | {"dice": "0.9", "segmenter": name} for row in rows] for name in ("one", "two")]
+    with pytest.raises(UsageError, match="several segmenters: one, two"):
+        joined(two)
+    assert joined([rows, two[0]]) == two[0]
 
 
 def test_rows_of_other_experts_are_not_mixed_in():
@@ -353,6 +363,9 @@ def test_rows_outlive_experts_that_did_not_make_them(tmp_path):
             same = shipped.setup(method, klass) == others.setup(method, klass)
             assert same == (method not in ("expert", SHIPS) or klass != "2")
     assert shipped.setup("general", "7") != shipped.setup("expert", "7")
+    # A program is its command, whatever its name.
+    one, two = (Settings(protocol(), commands={"3": c}).setup("3", "3") for c in ("one", "two"))
+    assert len({one, two, shipped.setup("expert", "3"), shipped.setup("cubic", "3")}) == 4
 
 
 def held(found, part):

@@ -273,3 +273,38 @@ def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
     assert "name another output" in capsys.readouterr().err
     assert run("none.tsv", "magic") == 2
     assert "magic: choose from linear, cubic" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_evaluation(prepared, tmp_path, capsys):
+    """As out of memory: nothing waits for it for ever, and the rows that were there stay."""
+    folder, experts = prepared
+    args = ["evaluate", folder, tmp_path / "rows.tsv", "--classes", "4", "--geometries", "1"]
+    args += ["--experts-dir", experts, "--methods", "linear", "--noise"]
+    assert main([str(a) for a in (*args, 0)]) == 0
+    before = (tmp_path / "rows.tsv").read_text()
+    killer = ["--method-command", "killer=sh -c 'kill -9 $PPID' {input} {output}"]
+    args[2] = tmp_path / "other.tsv"
+    assert main([str(a) for a in (*args, 0, *killer)]) == 1
+    assert "a process of the evaluation was killed" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        main([str(a) for a in (*args, 0, "--classes", 9)])
+    assert refused.value.code == 2
+    assert main([str(a) for a in (*args, 0, "--labels", folder)]) == 2
+    assert "add --dice" in capsys.readouterr().err
+    assert (tmp_path / "rows.tsv").read_text() == before
+
+
+def test_rows_that_were_there_stay_until_they_are_written_again(tmp_path):
+    rows = [{"person": "p", "psnr": "1"}]
+    write_rows(tmp_path / "rows.tsv", [rows])
+    before = (tmp_path / "rows.tsv").read_text()
+
+    def killed():
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(tmp_path / "rows.tsv", killed(), rows)
+    assert (tmp_path / "rows.tsv").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.tsv"]

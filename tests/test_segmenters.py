@@ -91,6 +91,8 @@ def test_a_bad_command_is_told():
     for template in ("", "tool --i {input}", "tool"):
         with pytest.raises(UsageError, match="must hold"):
             parse_command(template)
+    with pytest.raises(UsageError, match="No closing quotation"):
+        parse_command("tool 'my file {input} {output}")
     _, image = brain()
     with pytest.raises(RemixError, match="ended with 3"):
         run_command(f"{sys.executable} -c 'raise SystemExit(3)' {{input}} {{output}}", image, GRID)

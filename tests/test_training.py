@@ -327,9 +327,9 @@ SETTINGS = {
 }
 
 
-def run(folder, steps, validate_every, task=BlurredNoise):
+def run(folder, steps, validate_every, task=BlurredNoise, **more):
     torch.manual_seed(0)
-    schedule = Schedule(steps=steps, validate_every=validate_every, rate=2e-3, **SETTINGS)
+    schedule = Schedule(steps=steps, validate_every=validate_every, rate=2e-3, **SETTINGS, **more)
     network = ResidualUNet(widths=(4, 8, 8))
     train(network, task(), BlurredNoise(7), schedule, folder, progress=False)
     return load_file(str(folder / "checkpoint.safetensors"))
@@ -360,6 +360,19 @@ def test_training_resumes_to_the_step_and_repeats(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     with (stopped / "log.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "5", "10", "15", "20"]
+
+
+def test_little_is_lost_between_validations(tmp_path, monkeypatch):
+    """Broken off after 11 of 20 steps, of which only the last is validated: 8 are kept."""
+    whole = run(tmp_path / "whole", 20, 20)
+    kill_after(monkeypatch, 11)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", 20, 20, checkpoint_every=4)
+    monkeypatch.undo()
+    kept = read_metadata(tmp_path / "stopped" / "checkpoint.safetensors", "progress")
+    assert kept["step"] == 8
+    resumed = run(tmp_path / "stopped", 20, 20, checkpoint_every=4)
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 class Twice(BlurredNoise):

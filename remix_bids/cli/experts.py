@@ -14,6 +14,8 @@ from pathlib import Path
 from remix_bids import __version__
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
 
+CLASSES = list(range(1, 8))
+
 
 def _recipe(path: Path | None) -> Path:
     return path or Path(str(resources.files("remix_bids.data").joinpath("recipe.toml")))
@@ -186,7 +188,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.cases import cases, with_every_expert
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
-    from remix_bids.evaluation.settings import METHODS, Settings
+    from remix_bids.evaluation.settings import ATROPOS, METHODS, Settings
     from remix_bids.evaluation.table import best_back_projection
     from remix_bids.experts.registry import load_registry
     from remix_bids.registration.affine import Templates
@@ -216,7 +218,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if not todo:
         raise UsageError("no person is fine enough for these classes: nothing to evaluate")
     mask = args.prepared / "strip_mask.npy"
-    segmenter = args.segmenter_command or ("atropos" if args.dice else None)
+    segmenter = args.segmenter_command or (ATROPOS if args.dice else None)
+    if args.labels and not segmenter:
+        raise UsageError("--labels are compared with those of a segmenter: add --dice")
     if args.template and segmenter:
         raise UsageError(
             "--template moves the truth for every scan: leave Dice to a run without it"
@@ -370,7 +374,7 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("output", type=Path, help="TSV of rows, tables beside it; run again to go on")
     p.add_argument("--protocol", type=Path, help="default: the shipped one")
     p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
-    p.add_argument("--classes", type=int, nargs="+", default=list(range(1, 8)))
+    p.add_argument("--classes", type=int, nargs="+", default=CLASSES, choices=CLASSES)
     p.add_argument("--persons", type=int, help="only so many")
     p.add_argument("--noise", type=float, nargs="+", help="default: the protocol's levels")
     p.add_argument("--geometries", type=int, help="per person and class; default: the protocol's")
@@ -391,7 +395,12 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--segmenter-command", help="or with this: 'mri_synthseg --i {input} --o {output}'"
     )
-    p.add_argument("--labels", type=Path, help="BIDS derivatives with manual tissue classes")
+    p.add_argument(
+        "--labels",
+        type=Path,
+        help="BIDS derivatives with manual tissue classes (1 to 3, CSF to white matter); a command "
+        "must number its labels likewise",
+    )
     p.add_argument(
         "--template", type=Path, help="register every acquired image to this T1w, as the app does"
     )
@@ -409,7 +418,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("lesions", help=lesions.__doc__)
     _add_experiment(p, persons=2)
-    p.add_argument("--classes", type=int, nargs="+", default=list(range(1, 8)))
+    p.add_argument("--classes", type=int, nargs="+", default=CLASSES, choices=CLASSES)
     p.set_defaults(run=lesions)
 
     p = commands.add_parser("gates", help=gates.__doc__)

@@ -21,9 +21,12 @@ def parse_command(template: str) -> list[str]:
     Raises
     ------
     UsageError
-        If it does not name both files.
+        If it does not name both files, or a quotation in it does not end.
     """
-    words = shlex.split(template)
+    try:
+        words = shlex.split(template)
+    except ValueError as error:
+        raise UsageError(f"the command {template!r} cannot be read: {error}") from error
     if not words or not all(any(name in w for w in words) for name in ("{input}", "{output}")):
         raise UsageError(f"the command {template!r} must hold {{input}} and {{output}}")
     return words

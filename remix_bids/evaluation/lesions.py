@@ -20,8 +20,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from remix_bids.evaluation.cases import Case
-from remix_bids.evaluation.restore import as_told, registry_of, restore, see
-from remix_bids.evaluation.settings import CUBIC, ESTIMATE
+from remix_bids.evaluation.restore import as_shipped, as_told, registry_of, restore, see
+from remix_bids.evaluation.settings import CUBIC, ESTIMATE, EXPERT, SHIPS
 from remix_bids.evaluation.table import by_person
 from remix_bids.simulation.acquisition import slice_axis, to_working_grid
 from remix_bids.spatial import coverage
@@ -31,7 +31,7 @@ LOGGER = logging.getLogger(__name__)
 
 DIAMETERS = (3.0, 5.0, 8.0, 12.0)  # mm
 CONTRASTS = (-0.4, -0.2, 0.2, 0.4)  # of the mean intensity that was there
-METHODS = (CUBIC, ESTIMATE, "expert")
+METHODS = (CUBIC, ESTIMATE, EXPERT, SHIPS)
 
 _APART = 12.0  # mm between the surfaces of two lesions, more than the thickest slice
 _MARGIN = 3  # mm from a lesion to the edge of the brain or of the scan
@@ -199,8 +199,11 @@ def run_case(case: Case, experts_dir: Path | None) -> list[dict]:
 
     def restored(image: Tensor) -> dict[str, Tensor]:
         native = see(image, acquisition, case.noise, case.seed)
-        results = restore(native, as_told(native, acquisition), grid, [record])
-        return {name if name != record.name else "expert": x for name, x in results.items()}
+        told = as_told(native, acquisition)
+        found = restore(native, told, grid, [record])
+        found[EXPERT] = found.pop(record.name)
+        found[SHIPS] = as_shipped(found[EXPERT], found[CUBIC], native, told, grid, record)
+        return found
 
     mapping = to_working_grid(acquisition)
     covered = coverage(mapping, native_grid.shape, truth.shape)[crop]  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from torch import Tensor
 from remix_bids.evaluation.methods import interpolate, run_expert
 from remix_bids.evaluation.settings import CUBIC, ESTIMATE
 from remix_bids.experts.inference import load_expert
-from remix_bids.experts.registry import ExpertRecord, Registry, load_registry
+from remix_bids.experts.registry import ExpertRecord, Registry, is_fine_enough, load_registry
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import Acquisition
-from remix_bids.simulation.degrade import acquire, add_rician_noise
-from remix_bids.simulation.estimate import linear_estimate
+from remix_bids.simulation.degrade import acquire, add_rician_noise, seen_from
+from remix_bids.simulation.estimate import linear_estimate, make_consistent
 from remix_bids.simulation.slices import from_scan
 from remix_bids.spatial import Grid
 
@@ -86,3 +86,20 @@ def restore(
     for record in records:
         results[record.name] = run_expert(estimate, record, _network(record))
     return results
+
+
+def as_shipped(
+    expert: Tensor,
+    cubic: Tensor,
+    native: Tensor,
+    told: Acquisition,
+    grid: Grid,
+    record: ExpertRecord,
+) -> Tensor:
+    """What the app would write (`SHIPS`), made of what `restore` gives."""
+    if is_fine_enough(told.grid.voxel_sizes):
+        return cubic
+    if not record.consistency_steps:
+        return expert
+    image, _ = make_consistent(expert, native, told, grid, record.consistency_steps)
+    return seen_from(image, told.grid, told.world, grid).image

@@ -12,6 +12,8 @@ from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.settings import NETWORKS, Settings
 from remix_bids.experts.registry import GENERAL
 
+COLUMNS = ("drawn", "setup", "segmenter")
+"""What rows of earlier versions lacked."""
 SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
 """What a row tells of the scan."""
 
@@ -27,11 +29,12 @@ def write_rows(
 ) -> list[dict]:
     """Write rows to a TSV as they come, so that a stopped run leaves what it has; return all.
 
-    ``kept``: rows that come first.
+    ``kept``: rows that come first; what the file held stays until they are in its place.
     """
     rows: list[dict] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="") as file:
         writer: csv.DictWriter | None = None
         for batch in chain([kept], batches):
             if writer is None and batch:
@@ -40,6 +43,8 @@ def write_rows(
             if writer is not None:
                 writer.writerows(batch)
             file.flush()
+            if part.exists():
+                part.replace(path)  # and goes on to grow there
             rows += batch
     return rows
 
@@ -50,10 +55,11 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     Raises
     ------
     UsageError
-        If they were measured with other experts, another protocol, the other affine, of other
-        methods, or on cases that are not to be run now: writing the file anew would lose them.
+        If they were measured with other experts, another protocol, the other affine, another
+        segmenter, of other methods, or on cases that are not to be run now: writing the file anew
+        would lose them.
     """
-    if rows and not {"drawn", "setup", *SCAN} <= {*rows[0]}:
+    if rows and not {*COLUMNS, *SCAN} <= {*rows[0]}:
         raise UsageError("the output is not a table of this version; name another file")
     rows = [row for row in rows if None not in row.values()]  # cut off in the middle of a row
     found: dict[tuple, list[dict]] = {}
@@ -83,6 +89,12 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
                 "the output holds rows of cases that are not asked for now, the first "
                 f"{_told(key)}; name another file, and join the two by remix-experts table"
             )
+    segmenters = {row["segmenter"] for row in rows} - {""}
+    if settings.segmenter and segmenters - {settings.segmenter_name}:
+        raise UsageError(
+            f"the output holds Dice of another segmenter ({', '.join(sorted(segmenters))}); name "
+            "another file, or remove this one"
+        )
     dice = settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}
 
     def whole(key: tuple, own: Sequence[dict]) -> bool:
@@ -109,13 +121,17 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     Raises
     ------
     UsageError
-        If rows of one expert are of several networks, rows are of several protocols, a
-        case is not the same scan in all runs, or cases lack a method, or its Dice, that others
-        have: a mean over such rows would mislead.
+        If rows of one expert are of several networks, rows are of several protocols, affines or
+        segmenters, a case is not the same scan in all runs, or cases lack a method, or its Dice,
+        that others have: a mean over such rows would mislead.
     """
     cases: dict[tuple, dict[str, dict]] = {}
-    for row in chain.from_iterable(tables):
-        case = cases.setdefault((*row_key(row), row["affine"]), {})
+    every = [row for table in tables for row in table]
+    for name, what in (("affine", "affines"), ("segmenter", "segmenters")):
+        if len(kinds := {row[name] for row in every} - {""}) > 1:
+            raise UsageError(f"the rows are of several {what}: {', '.join(sorted(kinds))}")
+    for row in every:
+        case = cases.setdefault(row_key(row), {})
         before = case.get(row["method"], {})
         if before.get("setup") == row["setup"]:
             row = before | {key: value for key, value in row.items() if value != ""}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 
 import nibabel as nb
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from remix_bids.errors import RemixError
 from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.external import run_command
 from remix_bids.evaluation.methods import back_project, interpolate
@@ -27,7 +31,7 @@ from remix_bids.evaluation.metrics import (
     ssim,
 )
 from remix_bids.evaluation.registered import as_registered
-from remix_bids.evaluation.restore import as_told, registry_of, restore, see
+from remix_bids.evaluation.restore import as_shipped, as_told, registry_of, restore, see
 from remix_bids.evaluation.rows import finished, read_rows, row_key, write_rows
 from remix_bids.evaluation.segmenters import (
     Segmenter,
@@ -38,11 +42,18 @@ from remix_bids.evaluation.segmenters import (
     nearest,
     tissue_means,
 )
-from remix_bids.evaluation.settings import BACK_PROJECTION, CUBIC, EXPERT, METHODS, SHIPS, Settings
-from remix_bids.experts.registry import GENERAL, is_fine_enough
+from remix_bids.evaluation.settings import (
+    ATROPOS,
+    BACK_PROJECTION,
+    CUBIC,
+    EXPERT,
+    METHODS,
+    SHIPS,
+    Settings,
+)
+from remix_bids.experts.registry import GENERAL
 from remix_bids.simulation.acquisition import Acquisition
-from remix_bids.simulation.degrade import restore_grid, seen_from
-from remix_bids.simulation.estimate import make_consistent
+from remix_bids.simulation.degrade import restore_grid
 from remix_bids.spatial import Grid, coverage, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
 
@@ -76,15 +87,8 @@ def _restored(
         iterations, step = how["noisy" if case.noise else "clean"][int(record.name) - 1]
         iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, step)
         found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
-    if SHIPS not in asked:
-        pass
-    elif is_fine_enough(acquisition.grid.voxel_sizes):
-        found[SHIPS] = found[CUBIC]
-    elif record.consistency_steps:
-        image, _ = make_consistent(found[EXPERT], native, told, grid, record.consistency_steps)
-        found[SHIPS] = seen_from(image, acquisition.grid, acquisition.world, grid).image
-    else:
-        found[SHIPS] = found[EXPERT]
+    if SHIPS in asked:
+        found[SHIPS] = as_shipped(found[EXPERT], found[CUBIC], native, told, grid, record)
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
@@ -103,6 +107,8 @@ class TrueClasses:
     Attributes
     ----------
     segment : Segmenter
+    name : str
+        Its name in the rows.
     mask : (x, y, z) bool array
         Brain.
     means : list of float
@@ -115,6 +121,7 @@ class TrueClasses:
     """
 
     segment: Segmenter
+    name: str
     mask: np.ndarray
     means: list[float]
     labels: np.ndarray
@@ -129,6 +136,7 @@ class TrueClasses:
             "dice": round(dice(found, self.labels, inside), 4),
             "dice_floor": round(self.floor, 4),
             "dice_manual": manual,
+            "segmenter": self.name,
         }
 
 
@@ -144,13 +152,14 @@ def _true_classes(person: Person, truth: Tensor, grid: Grid, settings: Settings)
         image = truth.numpy()
         mask = image > FOREGROUND
         means = tissue_means(image, mask)
-        command = settings.segmenter or "atropos"
-        segment = atropos if command == "atropos" else external(command, grid)
+        command = settings.segmenter or ATROPOS
+        segment = atropos if command == ATROPOS else external(command, grid)
         labels = segment(image, mask, means)
         again = segment(moved_and_back(image, np.random.default_rng(0)), mask, means)
         floor = dice(labels, again, mask)
         manual = manual_classes(settings.labels, person, grid) if settings.labels else None
-        _kept[person.name] = TrueClasses(segment, mask, means, labels, floor, manual)
+        name = settings.segmenter_name
+        _kept[person.name] = TrueClasses(segment, name, mask, means, labels, floor, manual)
     return _kept[person.name]
 
 
@@ -235,16 +244,13 @@ def _measure(
         "dice": "",
         "dice_floor": "",
         "dice_manual": "",
+        "segmenter": "",
     }
     if person.head:
         found["head_detail"] = round(detail_ratio(image, truth, outside), 4)
     elif segment:
         found |= _true_classes(person, truth, grid, settings).compare(image, brain.numpy())
     return found
-
-
-def _job(arguments: tuple[Case, Settings]) -> list[dict]:
-    return run_case(*arguments)
 
 
 def evaluate(
@@ -256,7 +262,13 @@ def evaluate(
     """
     kept = finished(read_rows(output), cases, settings) if output.is_file() else []
     done = {row_key(row) for row in kept}
-    jobs = [(case, settings) for case in cases if case.key not in done]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(nprocs) as pool:
-        return write_rows(output, pool.imap(_job, jobs), kept)
+    todo = [case for case in cases if case.key not in done]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(nprocs, mp_context=spawn) as pool:
+        try:
+            return write_rows(output, pool.map(run_case, todo, repeat(settings)), kept)
+        except BrokenProcessPool as error:
+            raise RemixError(
+                "a process of the evaluation was killed, most likely for its memory: run the same "
+                "again with fewer --nprocs; it goes on from the rows that it has"
+            ) from error

@@ -18,6 +18,8 @@ SHIPS = "expert + steps"
 """What the app would write: the network that the gate chooses and the steps of consistency that
 its table gives it (``consistency_steps`` in ``experts.toml``), none on noisy scans; where the gate
 chooses no expert, cubic interpolation."""
+ATROPOS = "atropos"
+"""The segmenter that comes with ANTs; any other is a command."""
 NETWORKS = (GENERAL, EXPERT, SHIPS)
 METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, *NETWORKS)
 
@@ -58,6 +60,13 @@ class Settings:
     methods: Sequence[str] = METHODS
 
     @property
+    def segmenter_name(self) -> str:
+        """As it stands in the rows: a command by its digest, for it may hold folders' names."""
+        if self.segmenter in (None, ATROPOS):
+            return self.segmenter or ""
+        return f"command {hashlib.sha256(str(self.segmenter).encode()).hexdigest()[:8]}"
+
+    @property
     def affine(self) -> str:
         """Which affine is used, as it stands in the rows."""
         return "registered" if self.templates else "true"
@@ -65,21 +74,22 @@ class Settings:
     def setup(self, method: str, klass: str) -> str:
         """First digits of a sha256 of what decides a method's rows of a class.
 
-        The protocol; of networks, the one that is run and its steps, too. So rows of an expert
-        outlive the others, and rows without networks outlive them all.
+        The protocol; of networks, the one that is run and its steps, too; of other programs the
+        command. So rows of an expert outlive the others, and rows without networks all of them.
         """
-        record = {GENERAL: GENERAL, EXPERT: klass, SHIPS: klass}.get(method)
-        return self._digests[record]
+        name = {GENERAL: GENERAL, EXPERT: klass, SHIPS: klass}.get(method)
+        if name is not None:
+            return self._digest(*self._networks[name])
+        return self._digest(*([self.commands[method]] if method in self.commands else []))
 
     @cached_property
-    def _digests(self) -> dict[str | None, str]:
-        """By the name of the network that is run; None: without one."""
+    def _networks(self) -> dict[str, tuple[str, int]]:
+        """Weights and steps by name."""
+        experts = load_registry(self.experts_dir)
+        return {e.name: (e.sha256, e.consistency_steps) for e in experts}
+
+    def _digest(self, *made_by: str | int) -> str:
         chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
         protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
-
-        def digest(*network: str | int) -> str:
-            told = json.dumps([network, protocol, self.tune], sort_keys=True)
-            return hashlib.sha256(told.encode()).hexdigest()[:8]
-
-        experts = load_registry(self.experts_dir)
-        return {e.name: digest(e.sha256, e.consistency_steps) for e in experts} | {None: digest()}
+        told = json.dumps([made_by, protocol, self.tune], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:8]

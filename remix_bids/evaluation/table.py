@@ -80,14 +80,16 @@ def to_markdown(rows: Sequence[dict]) -> str:
                 f"Dice of the segmenter with itself: {np.mean(list(floors.values())):.4f}",
                 "",
             ]
-        for metric in ("psnr", "ssim", "correlation"):
-            lines += [
-                f"**Gain of `{SHIPS}` in {metric}, {title}** (mean over persons, 95 % bootstrap "
-                "interval, persons better)",
-                "",
-                *_gains(mine, metric),
-                "",
-            ]
+        for metric in ("psnr", "ssim", "correlation", "dice", "dice_manual"):
+            known = [row for row in mine if row.get(metric) not in (None, "")]
+            if SHIPS in methods_of(known):
+                lines += [
+                    f"**Gain of `{SHIPS}` in {metric}, {title}** (mean over persons, 95 % "
+                    "bootstrap interval, persons better)",
+                    "",
+                    *_gains(known, metric),
+                    "",
+                ]
         lines += [f"**Gain of `{SHIPS}` in psnr by kind of acquisition, {title}**", ""]
         lines += [*_by_kind(mine), ""]
     return "\n".join(lines)

@@ -48,6 +48,7 @@ class Schedule:
     rim: int = 4  # voxels of a patch's border that the loss ignores
     volumes_per_round: int = 24  # simulated volumes whose patches are shuffled together
     validate_every: int = 250
+    checkpoint_every: int = 250  # steps; and after every validation
     validation_volumes: int = 12
     workers: int = 1  # processes that simulate while the network learns; 0: this one does
 
@@ -361,6 +362,7 @@ def train(
                 gain = validate(rate, torch.stack(recent).mean(dim=0).tolist())
                 recent = []
                 bar.set_postfix(gain=f"{gain:.2f} dB")
+            if team.LEADS and (due or state.step % schedule.checkpoint_every == 0):
                 state.save(checkpoint)
         bar.close()
     team.wait()  # the next stage begins with what the first process has written
