@@ -68,12 +68,14 @@ def prepare(args: argparse.Namespace) -> None:
     from remix_bids.training.prepare import prepare as run
 
     recipe = tomllib.loads(_recipe(args.recipe).read_text())["persons"]
-    scans = {
-        path.name.split("_")[0].removeprefix("sub-"): path
-        for path in sorted(args.bids_dir.glob("sub-*/**/anat/*_T1w.nii.gz"))
-    }
+    scans: dict[str, Path] = {}
+    for path in sorted(args.bids_dir.glob("sub-*/**/anat/*_T1w.nii*")):
+        person = path.name.split("_")[0].removeprefix("sub-")
+        if person in scans:
+            print(f"{path.name}: left out, sub-{person} is there by {scans[person].name}")
+        scans.setdefault(person, path)
     if not scans:
-        raise UsageError(f"{args.bids_dir} holds no sub-*/anat/*_T1w.nii.gz; name a BIDS dataset")
+        raise UsageError(f"{args.bids_dir} holds no sub-*/anat/*_T1w.nii*; name a BIDS dataset")
     run(
         scans,
         Templates(args.template, args.template_mask),

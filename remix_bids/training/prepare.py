@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from remix_bids.errors import RemixError
 from remix_bids.registration.affine import Templates, register_affine
 from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.spatial import WORKING_GRID, Grid, coverage, index_map, resample
@@ -76,7 +77,7 @@ def prepare(
     n_procs: int = 1,
     seed: int = 0,
 ) -> None:
-    """Prepare many persons; those already in ``folder`` are kept.
+    """Prepare many persons; those already in ``folder`` are kept, but for their split.
 
     Parameters
     ----------
@@ -89,12 +90,32 @@ def prepare(
         Persons who are never trained on.
     skull_stripped : mapping of str to bool, optional
         Whether a person's image is a stripped brain, where that is known; found out otherwise.
+
+    Raises
+    ------
+    RemixError
+        If scans could not be prepared; all others are.
     """
+
+    def split_of(name: str) -> str:
+        return "validation" if name in validation else "held_out" if name in held_out else "train"
+
     known = skull_stripped or {}
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "persons.json"
     rows = json.loads(table.read_text())["persons"] if table.exists() else []
     done = {row["name"] for row in rows}
+    for row in rows:
+        if row["name"] in scans:
+            row["split"] = split_of(row["name"])
+
+    def write() -> None:
+        rows.sort(key=lambda r: r["name"])
+        part = table.with_suffix(".part")
+        part.write_text(json.dumps({"persons": rows}, indent=1))
+        part.replace(table)
+
+    write()
     if templates.brain_mask is not None:
         mask, grid = load_image(templates.brain_mask)
         mask = resample(mask, index_map(WORKING_GRID, grid), WORKING_GRID.shape, "linear")
@@ -111,16 +132,26 @@ def prepare(
             ): name
             for name in left
         }
+        failed: dict[str, str] = {}
         for job in as_completed(jobs):
-            name, row = jobs[job], job.result()
+            name = jobs[job]
+            try:
+                row = job.result()
+            except Exception as error:
+                failed[name] = str(error)
+                LOGGER.error("%s: %s", name, error)
+                continue
             np.save(folder / f"{name}.npy", row.pop("image"))
-            split = (
-                "validation" if name in validation else "held_out" if name in held_out else "train"
-            )
-            rows.append({"name": name, "file": f"{name}.npy", "split": split, **row})
-            rows.sort(key=lambda r: r["name"])
-            table.write_text(json.dumps({"persons": rows}, indent=1))
+            rows.append({"name": name, "file": f"{name}.npy", "split": split_of(name), **row})
+            write()
             kind = "head" if row["head"] else "brain"
             LOGGER.info(
-                "%s: %s, %s, score %.2f %s", name, kind, split, row["score"], row["warnings"]
+                *("%s: %s, %s, score %.2f %s", name, kind, split_of(name)),
+                *(row["score"], row["warnings"]),
             )
+    if failed:
+        first, why = next(iter(failed.items()))
+        raise RemixError(
+            f"{len(failed)} of {len(left)} scans could not be prepared, the first {scans[first]}: "
+            f"{why}"
+        )

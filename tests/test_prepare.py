@@ -1,0 +1,37 @@
+"""Who is trained on, and what a scan that cannot be read costs the others."""
+
+import json
+
+import pytest
+
+from remix_bids.errors import RemixError
+from remix_bids.registration.affine import Templates
+from remix_bids.training.prepare import prepare
+
+
+def splits(folder):
+    rows = json.loads((folder / "persons.json").read_text())["persons"]
+    return {row["name"]: row["split"] for row in rows}
+
+
+def test_who_is_named_later_is_not_trained_on(tmp_path):
+    """The recipe named other persons when these were prepared; nothing is prepared again."""
+    rows = [{"name": name, "file": f"{name}.npy", "split": "train"} for name in "abcd"]
+    (tmp_path / "persons.json").write_text(json.dumps({"persons": rows}))
+    scans = {name: tmp_path / f"{name}.nii.gz" for name in "abc"}
+    templates = Templates(tmp_path / "t1w.nii.gz", None)
+    prepare(scans, templates, tmp_path, validation=["a"], held_out=["b"])
+    assert splits(tmp_path) == {"a": "validation", "b": "held_out", "c": "train", "d": "train"}
+    # Those of another dataset in the same folder are not asked for, and keep theirs.
+    prepare({"c": scans["c"]}, templates, tmp_path, validation=[], held_out=["c"])
+    assert splits(tmp_path) == {"a": "validation", "b": "held_out", "c": "held_out", "d": "train"}
+
+
+def test_a_scan_that_cannot_be_read_is_told(tmp_path):
+    scan = tmp_path / "sub-x_T1w.nii.gz"
+    scan.write_bytes(b"no image")
+    template = tmp_path / "t1w.nii.gz"
+    template.write_bytes(b"no image")
+    with pytest.raises(RemixError, match=r"1 of 1 scans could not be prepared, the first .*sub-x"):
+        prepare({"x": scan}, Templates(template, None), tmp_path, validation=[], held_out=[])
+    assert splits(tmp_path) == {}
