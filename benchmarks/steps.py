@@ -7,8 +7,9 @@ acquisitions of the training bank, drawn as in training, half of the sidecars si
 thickness. PSNR (dB) against that of the network alone, mean over the cases of a class: after one
 step and more, as they ship (giving way to noise); quarters of a step, and the best of them for each
 scan; without noise a whole step by the width of the slices that it assumes, relative to the one
-used, and with the true width; and the network itself, told wider and thinner slices, without
-steps. With ``--interpolate`` the planes of the scan come on a finer matrix,
+used, and with the true width; the network itself, told wider and thinner slices, without
+steps; and back-projection, as `remix-experts evaluate` tunes it, told the true profile and wider and
+thinner ones. With ``--interpolate`` the planes of the scan come on a finer matrix,
 as many scanners give them, which hides their noise from who looks at neighbours. It prints Markdown
 tables.
 """
@@ -16,8 +17,10 @@ tables.
 from __future__ import annotations
 
 import argparse
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ import torch
 from scipy.signal import resample
 from torch import Tensor
 
+from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import eroded, psnr
 from remix_bids.evaluation.restore import registry_of, see
 from remix_bids.experts.inference import enhance, load_expert
@@ -67,7 +71,8 @@ def run(
     noise: float,
     seed: tuple[int, ...],
     experts: Registry,
-    interpolate: float,
+    zeros: float,
+    tuned: list[tuple[int, float]],
 ) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     bank = [g for g in load_bank() if not g.held_out]
@@ -76,8 +81,8 @@ def run(
     truth = person.image.float()
     crop, grid = crop_to_foreground(truth, 64)
     native, truth = see(truth, acquisition, noise, seed), truth[crop]
-    if interpolate > 1:
-        native, acquisition = zero_filled(native, acquisition, interpolate)
+    if zeros > 1:
+        native, acquisition = zero_filled(native, acquisition, zeros)
     told = from_scan(native.numpy(), acquisition.grid, acquisition.world, thickness)
     low = estimate.linear_estimate(native, told, grid)
     record = experts[str(klass)]
@@ -106,15 +111,24 @@ def run(
             mistold = estimate.linear_estimate(native, with_width(told, factor * used), grid)
             other = torch.from_numpy(enhance(mistold, record, network=network))
             found[f"network told width times {factor}"] = psnr(other, truth, mask) - before
+        iterations, share = tuned[klass - 1]
+        cubic = interpolate(native, acquisition, grid, "cubic")
+        for factor in (1.0, *MISTOLD):
+            assumed_to_be = with_width(acquisition, factor * width_of_slices(acquisition))
+            *_, other = back_project(native, assumed_to_be, grid, cubic, iterations, share)
+            name = f"back-projection told true width times {factor}"
+            found[name] = psnr(other, truth, mask) - before
     return found
 
 
 def cases(given: argparse.Namespace, noise: float, k: int) -> Iterator[dict[str, float]]:
     experts = registry_of(given.experts_dir)
     persons = [p for p in load_persons(given.prepared, "validation") if not p.head]
+    protocol = resources.files("remix_bids.data").joinpath("protocol.toml").read_text()
+    tuned = tomllib.loads(protocol)["back_projection"]["clean"]
     for i, person in enumerate(persons[: given.persons]):
         for j in range(given.draws):
-            yield run(person, k, noise, (given.seed, j, k, i), experts, given.interpolate)
+            yield run(person, k, noise, (given.seed, j, k, i), experts, given.interpolate, tuned)
 
 
 def main() -> None:
