@@ -8,7 +8,7 @@ thickness. PSNR (dB) against that of the network alone, mean over the cases of a
 step and more, as they ship (giving way to noise); quarters of a step, and the best of them for each
 scan; without noise a whole step by the width of the slices that it assumes, relative to the one
 used, and with the true width; the network itself, told wider and thinner slices, without
-steps; and back-projection, as `remix-experts evaluate` tunes it, told the true profile and wider and
+steps; and back-projection, as it is tuned for the protocol, told the true profile, wider and
 thinner ones. With ``--interpolate`` the planes of the scan come on a finer matrix,
 as many scanners give them, which hides their noise from who looks at neighbours. It prints Markdown
 tables.
