@@ -13,7 +13,7 @@ ARGS ?=
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-data test-browser container-test lint clean
+.PHONY: help venv demo test test-data test-browser container-test evidence lint clean
 
 help:
 	@echo "make demo                      a simulated thick-slice scan, with figures of merit (no data needed)"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-browser              reports in a real browser (needs chromium and chromedriver)"
 	@echo "make lint                      ruff and mypy only"
 	@echo "make venv                      only set up $(VENV)"
+	@echo "make evidence DATA=DIR         measure the experts on the real sets again (hours)"
 	@echo "make container-test            build the container image and check it (podman or docker; docker/test.sh)"
 	@echo "make clean                     remove what make and the demo have made"
 	@echo "TORCH_INDEX=URL                take torch from there, PYTHON=python3.12: use this Python"
@@ -69,6 +70,11 @@ test-data: $(READY)
 PAGES ?=
 test-browser: $(READY)
 	REMIX_BIDS_TEST_PAGES="$(PAGES)" $(BIN)/python -m pytest -m browser tests/test_browser.py
+
+# The model card's figures, with the experts that ship; hours, and nothing goes into the repository.
+EVIDENCE ?= scratch/evidence
+evidence: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" benchmarks/evidence.sh "$(DATA)" "$(EVIDENCE)"
 
 container-test:
 	docker/test.sh

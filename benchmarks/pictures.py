@@ -4,13 +4,15 @@
     python benchmarks/pictures.py BIDS OUT docs/pictures
 
 One JPEG for each scan: a cut across its slices through the middle of the brain, the same intensity
-window in all panels. Back-projection is given the measured profile, as the expert is, and as many
-steps as the protocol found best with noise.
+window in all panels. Back-projection is given the measured profile, as the expert is, and the
+iterations that the protocol found best with noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import tomllib
+from importlib import resources
 from pathlib import Path
 
 import nibabel as nb
@@ -19,15 +21,24 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from remix_bids.evaluation.methods import back_project
+from remix_bids.experts.registry import load_registry
 from remix_bids.registration.itk import read_itk_affine
+from remix_bids.simulation.acquisition import Acquisition
 from remix_bids.simulation.degrade import restore_grid
 from remix_bids.simulation.slices import from_scan
 from remix_bids.spatial import WORKING_GRID, Grid
 
 SIDE = 120  # mm
 ZOOM = 3
-STEPS = 2
 MIDDLE = (68, 108, 82)  # voxel of the working grid: a parasagittal cut through the basal ganglia
+
+
+def tuned(acquisition: Acquisition) -> tuple[int, float]:
+    """Iterations and share of back-projection for a class, with noise."""
+    protocol = resources.files("remix_bids.data").joinpath("protocol.toml").read_text()
+    record = load_registry().select(acquisition.volume)
+    iterations, share = tomllib.loads(protocol)["back_projection"]["noisy"][int(record.name) - 1]
+    return iterations, share
 
 
 def restored(source: Path, transform: Path) -> tuple[dict[str, np.ndarray], int]:
@@ -37,7 +48,8 @@ def restored(source: Path, transform: Path) -> tuple[dict[str, np.ndarray], int]
     native = torch.from_numpy(data.copy())
     acquisition = from_scan(data, Grid(data.shape, image.affine), read_itk_affine(transform))
     low = restore_grid(native, acquisition.grid, acquisition.world)
-    *_, projected = back_project(native, acquisition, WORKING_GRID, low.image, STEPS, 1.0)
+    iterates = back_project(native, acquisition, WORKING_GRID, low.image, *tuned(acquisition))
+    *_, projected = iterates
     panels = {"cubic interpolation": low.image.numpy(), "back-projection": projected.numpy()}
     return panels, low.sampling.axis
 
