@@ -1,4 +1,4 @@
-"""What the network sees, and how it learns: short trainings of variants on the same patches.
+"""What the network sees, how it is built and how it learns: short trainings on the same patches.
 
     python benchmarks/variants.py PREPARED --steps 150
 
@@ -11,6 +11,7 @@ table.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,31 @@ class Deaf(unet.ResidualUNet):
         return super().forward(x, scan * torch.tensor([1.0, 1.0, 1.0, 0.0]))
 
 
+class Alone(unet.ResidualUNet):
+    """Sees the linear estimate and what was covered, not what the estimate leaves of the scan."""
+
+    def forward(self, x: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.cat([x[:, :5], 0 * x[:, 5:]], dim=1), scan)
+
+
+class Phaseless(unet.ResidualUNet):
+    """Not shown where the scan was sampled."""
+
+    def forward(self, x: torch.Tensor, scan: torch.Tensor) -> torch.Tensor:
+        return super().forward(torch.cat([x[:, :2], 0 * x[:, 2:5], x[:, 5:]], dim=1), scan)
+
+
+class Strided(unet.ResidualUNet):
+    """Its stem is a convolution with stride 2, to as many channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = torch.nn.Conv3d(self.inputs, 8 * self.inputs, 3, stride=2, padding=1)
+
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        return self.learned(x)
+
+
 class Unscaled(unet.ResidualUNet):
     """The last layer gives the residual itself."""
 
@@ -52,8 +78,14 @@ class Unscaled(unet.ResidualUNet):
 
 
 VARIANTS = {
-    "narrow": (unet.ResidualUNet, 1e-3),
+    "narrow: 32, 64, 128": (unet.ResidualUNet, 1e-3),
     "narrow, rate 5e-4": (unet.ResidualUNet, 5e-4),
+    "as shipped: 32, 80, 192": (partial(unet.ResidualUNet, widths=(32, 80, 192)), 1e-3),
+    "wide at the top: 48, 96, 128": (partial(unet.ResidualUNet, widths=(48, 96, 128)), 1e-3),
+    "deeper: 32, 64, 128, 128": (partial(unet.ResidualUNet, widths=(32, 64, 128, 128)), 1e-3),
+    "stem of strided convolutions": (Strided, 1e-3),
+    "without slice phases": (Phaseless, 1e-3),
+    "without the rest of the estimate": (Alone, 1e-3),
     "not told the voxel sizes": (Blind, 1e-3),
     "not told the noise": (Deaf, 1e-3),
     "residual not scaled, rate 5e-4": (Unscaled, 5e-4),

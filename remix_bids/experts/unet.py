@@ -113,6 +113,10 @@ class ResidualUNet(nn.Module):
         """Sides of the input must be a multiple of this."""
         return max(8, 2 ** len(self.widths))
 
+    def stem(self, x: Tensor) -> Tensor:
+        """(n, inputs, x, y, z) to (n, 8 inputs, x/2, y/2, z/2)."""
+        return space_to_depth(x)
+
     def forward(self, x: Tensor, scan: Tensor) -> Tensor:
         """(n, inputs, x, y, z) and the scan's numbers (n, 4), as in `SCAN`, to (n, 1, x, y, z)."""
         image = x[:, :1]
@@ -127,7 +131,7 @@ class ResidualUNet(nn.Module):
         changes = self.scan(told).split([2 * w for w in self.blocks], dim=1)
         factors = iter([change.chunk(2, dim=1) for change in changes])
         skips = []
-        h = space_to_depth(seen).contiguous(memory_format=torch.channels_last_3d)
+        h = self.stem(seen).contiguous(memory_format=torch.channels_last_3d)
         for block in self.down:
             h = block(h, *next(factors))
             skips.append(h)

@@ -1,4 +1,7 @@
-"""One readable training loop: deterministic, resumable to the step, on a CPU or a GPU."""
+"""One readable training loop: resumable to the step; on a CPU the same seed gives the same weights.
+
+On a GPU it has not been shown: cuDNN may choose algorithms whose sums come in another order.
+"""
 
 from __future__ import annotations
 
