@@ -226,6 +226,9 @@ def test_lesions_end_to_end(prepared, tmp_path):
     large = [float(r["contrast_kept"]) for r in rows if r["diameter"] == "12.0"]
     np.testing.assert_allclose(large, 1, atol=0.06)  # class 1 is nearly the truth
     assert (tmp_path / "lesions.md").read_text().count("| 1 | expert |") == 3
+    persons = folder / "persons.json"
+    persons.write_text(persons.read_text().replace('"head": false', '"head": true'))
+    assert main([str(a) for a in args]) == 2  # no lesions in scalps
 
 
 @pytest.mark.slow

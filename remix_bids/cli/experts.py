@@ -252,9 +252,10 @@ def _protocol_and_persons(args: argparse.Namespace) -> tuple[dict, list]:
     from remix_bids.training.dataset import load_persons
 
     shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
-    persons = load_persons(args.prepared, args.split)
+    # Nothing tells brain from scalp in a head: lesions might come to lie there.
+    persons = [p for p in load_persons(args.prepared, args.split) if not p.head]
     if not persons:
-        raise UsageError(f"{args.prepared} holds no persons of the split {args.split!r}")
+        raise UsageError(f"{args.prepared} holds no brains of the split {args.split!r}")
     return tomllib.loads(shipped.read_text()), persons[: args.persons]
 
 
