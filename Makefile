@@ -60,7 +60,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not data and not browser" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not data and not browser" --durations=5
 
 test-data: $(READY)
 	@test -d "$(DATA)/clinical" || { echo "$(DATA) holds no clinical/; name the folder of the real sets: make test-data DATA=..."; exit 2; }
