@@ -170,7 +170,7 @@ def test_rows_are_written_as_they_come(tmp_path):
 def test_a_folder_without_the_persons_is_told(command, tmp_path, capsys):
     (tmp_path / "persons.json").write_text('{"persons": []}')
     assert main([command, str(tmp_path), str(tmp_path / "out.tsv")]) == 2
-    assert "no persons of the split 'held_out'" in capsys.readouterr().err
+    assert "no brains of the split 'held_out'" in capsys.readouterr().err
     assert not (tmp_path / "out.tsv").exists()
 
 
