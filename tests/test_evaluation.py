@@ -410,7 +410,7 @@ def test_claims_of_dice_and_of_heads():
     ]  # fmt: skip
     told = claims.claims(found)
     assert held(told, "network in Dice") == ("0 of 1, 1 ties", False)
-    assert held(told, "class 4: Dice gap") == ("60%", True)
+    assert held(told, "class 4: Dice gap") == ("60.0%", True)
     assert held(told, "manual classes") == ("1 of 1", True)
     assert held(told, "outside the brain") == ("1.00, cubic 0.50", True)
     for row in found:

@@ -137,7 +137,7 @@ def _of_dice(rows: Sequence[dict]) -> Iterator[Claim]:
             low, floor = dice("linear", k), dice("linear", k, "dice_floor")
             closed = (dice(SHIPS, k) - low) / (floor - low)
             text = f"class {k}: Dice gap from linear to the segmenter's floor closed by {least:.0%}"
-            yield Claim(text, f"{closed:.0%}", closed >= least)
+            yield Claim(text, f"{closed:.1%}", closed >= least)
     if all(row["dice_manual"] not in (None, "") for row in rows):
 
         def not_below(k: int) -> bool:
