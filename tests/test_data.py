@@ -20,7 +20,7 @@ N_SCANS = 7
 def data():
     name = os.environ.get("REMIX_BIDS_TEST_DATA")
     if not name:
-        pytest.skip("REMIX_BIDS_TEST_DATA names no folder")
+        pytest.skip("real scans are not part of the repository: REMIX_BIDS_TEST_DATA names none")
     return Path(name).resolve()
 
 

@@ -133,7 +133,7 @@ def test_help_needs_no_pipeline(name):
 
 def test_no_file_names_a_folder_of_a_machine():
     if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
+        pytest.skip("not a git checkout: which files are the repository's, git tells")
     # Another owner of the folder, as in a container, is no reason to look away.
     command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -107,7 +107,7 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks processes up in /proc")
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks in /proc, which only Linux has")
 def test_children_of_a_killed_worker_end_with_it(tmp_path):
     run(build(tmp_path, kill_self_leaving_a_child))
     pid = int((tmp_path / "work/wf/child.txt").read_text())
