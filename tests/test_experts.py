@@ -167,8 +167,7 @@ def test_shipped_experts_load_and_are_trained():
     # A stage that found nothing better than its start keeps it: such experts may be alike.
     table = tomllib.loads((registry["1"].path.parent / "experts.toml").read_text())["expert"]
     own = [w.tobytes() for name, w in weights.items() if table[name]["steps"] > 0]
-    # Expert 4 of this set is the general network (docs/model-card.md).
-    assert len(set(own)) == len(own) >= 7
+    assert len(set(own)) == len(own) == 8
 
 
 def expert_file(folder, **changes):

@@ -184,7 +184,8 @@ class State:
     """Network, its average, optimiser and step, kept in one safetensors file."""
 
     def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
-        self.network = network.to(device)
+        # As the features lie: else every step orders the weights anew.
+        self.network = network.to(device, memory_format=torch.channels_last_3d)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         weights = [p for p in self.network.parameters() if p.ndim > 1]
         biases = [p for p in self.network.parameters() if p.ndim == 1]
