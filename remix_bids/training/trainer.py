@@ -184,8 +184,10 @@ class State:
     """Network, its average, optimiser and step, kept in one safetensors file."""
 
     def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
-        # As the features lie: else every step orders the weights anew.
-        self.network = network.to(device, memory_format=torch.channels_last_3d)
+        self.network = network.to(device)
+        for weight in self.network.parameters():
+            if weight.ndim == 5:  # as the features lie: else every step orders the weights anew
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         weights = [p for p in self.network.parameters() if p.ndim > 1]
         biases = [p for p in self.network.parameters() if p.ndim == 1]
