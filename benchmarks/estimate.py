@@ -3,7 +3,7 @@
     python benchmarks/estimate.py PREPARED --persons 2
 
 ``PREPARED`` is a folder of ``remix-experts prepare``. PSNR inside the brain of validation persons
-through held-out acquisitions, mean over the cases of a class; the estimate also without its
+through acquisitions of training, mean over the cases of a class; the estimate also without its
 second look and with other assumptions about the covariance of a brain and about the noise;
 back-projection also with profiles that are 15 % too narrow or too wide. It prints a Markdown table.
 """

@@ -227,7 +227,7 @@ def test_dice_and_other_programs_get_their_columns(tmp_path):
     other = [row | {"method": "other", "psnr": 1.0} for row in found if row["method"] == "cubic"]
     table = to_markdown([*found, *other])
     assert "0.7000 | 0.8000 | 0.7000 | 0.7000 |" in table
-    assert "Dice of the segmenter with itself: 0.9500" in table
+    assert "Dice of the segmenter with itself: 0.9500 in class " in table
     assert "manual" not in table
     assert "| expert | other |" in table
     plot([*found, *other], tmp_path / "one.svg")
@@ -242,7 +242,7 @@ def measured(todo, digest=None):
     return [
         {"person": c.person.name, "drawn": str(c.drawn), "number": str(c.number),
          "noise": str(c.noise), "affine": "true", "setup": digest or settings.setup(method, "3"),
-         "method": method, "dice": "", "segmenter": "",
+         "method": method, "psnr": "30", "dice": "", "segmenter": "",
          "class": "3", "kind": c.kind, "voxel_sizes": "1.00 x 1.00 x 3.00", "volume": "3.0",
          "profile": "box"}
         for c in todo

@@ -1,10 +1,11 @@
 """Who is trained on, and what a scan that cannot be read costs the others."""
 
+import hashlib
 import json
 
 import pytest
 
-from remix_bids.errors import RemixError
+from remix_bids.errors import RemixError, UsageError
 from remix_bids.registration.affine import Templates
 from remix_bids.training.prepare import prepare
 
@@ -25,6 +26,21 @@ def test_who_is_named_later_is_not_trained_on(tmp_path):
     # Those of another dataset in the same folder are not asked for, and keep theirs.
     prepare({"c": scans["c"]}, templates, tmp_path, validation=[], held_out=["c"])
     assert splits(tmp_path) == {"a": "validation", "b": "held_out", "c": "held_out", "d": "train"}
+
+
+def test_another_person_of_the_same_label_is_told(tmp_path):
+    """Two datasets in one folder, both with a sub-a; the first one's split stays."""
+    scan = tmp_path / "sub-a_T1w.nii.gz"
+    scan.write_bytes(b"one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    rows = [{"name": "a", "file": "a.npy", "split": "validation", "sha256": digest}]
+    (tmp_path / "persons.json").write_text(json.dumps({"persons": rows}))
+    templates = Templates(tmp_path / "t1w.nii.gz", None)
+    prepare({"a": scan}, templates, tmp_path, validation=["a"], held_out=[])
+    scan.write_bytes(b"other")
+    with pytest.raises(UsageError, match=r"holds a sub-a of another image than .*sub-a_T1w"):
+        prepare({"a": scan}, templates, tmp_path, validation=[], held_out=[])
+    assert splits(tmp_path) == {"a": "validation"}
 
 
 def test_a_scan_that_cannot_be_read_is_told(tmp_path):

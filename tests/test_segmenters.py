@@ -4,9 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from remix_bids.errors import RemixError, UsageError
 from remix_bids.evaluation.external import parse_command, run_command
+from remix_bids.evaluation.run import TrueClasses
 from remix_bids.evaluation.segmenters import (
     atropos,
     dice,
@@ -62,6 +64,19 @@ def test_means_ascend():
     truth, image = brain()
     means = tissue_means(image, truth > 0)
     assert means == sorted(means)
+
+
+def test_the_floor_counts_where_dice_does():
+    """Where the two segmentations of the truth differ outside the mask, nothing is lost."""
+    truth, image = brain()
+    again = truth.copy()
+    again[:10] = np.where(truth[:10] == 2, 3, truth[:10])
+    inside = truth > 0
+    inside[:10] = False
+    person = TrueClasses(lambda *_: truth, "any", truth > 0, [], truth, again, None)
+    told = person.compare(torch.from_numpy(image), inside)
+    assert told["dice"] == told["dice_floor"] == 1
+    assert person.compare(torch.from_numpy(image), truth > 0)["dice_floor"] < 0.95
 
 
 def test_an_external_segmenter_may_answer_on_another_grid(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 
+from remix_bids.cli.experts import main
 from remix_bids.errors import UsageError
 from remix_bids.experts.registry import GENERAL
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import load_bank
+from remix_bids.simulation.acquisition import load_bank, save_bank
 from remix_bids.spatial import WORKING_GRID
 from remix_bids.training import team
 from remix_bids.training.dataset import (
@@ -52,6 +54,7 @@ from remix_bids.training.recipe import (
 )
 from remix_bids.training.trainer import (
     Schedule,
+    State,
     batches,
     forward_parts,
     read_metadata,
@@ -161,10 +164,10 @@ def person(seed=0, head=True):
     return Person(f"p{seed}", (image / image.max()).half(), head, (1.0,) * 3, np.eye(4), "train")
 
 
-def simulator(augment=OFF, **settings):
+def simulator(augment=OFF, bank=None, **settings):
     return Simulator(
         persons=[person(0), person(1, head=False)],
-        bank=[g for g in load_bank() if not g.held_out],
+        bank=bank or [g for g in load_bank() if not g.held_out],
         strip_mask=torch.ones(WORKING_GRID.shape, dtype=torch.bool),
         class_weights=(0, 0, 0, 0, 1, 0, 0),
         seed=5,
@@ -210,6 +213,16 @@ def test_both_images_of_a_pair_share_contrast_and_scale():
     inside = (pair.inputs[1] > 0) & (pair.target > 0.3)
     ratio = float(pair.inputs[0][inside].mean() / pair.target[inside].mean())
     assert ratio == pytest.approx(1, abs=0.05)
+
+
+def test_volumes_come_from_slabs_that_most_cubes_miss():
+    """A bank of one scan of two slices."""
+    slab = next(g for g in load_bank() if g.plane == "axial")
+    x, y, _ = slab.shape
+    thin = replace(simulator(bank=[replace(slab, shape=(x, y, 2))]), cube=32)
+    pairs = [thin.pair(i)[0] for i in range(4)]
+    assert all(float(pair.inputs[0].max()) > 0.2 for pair in pairs)
+    assert torch.equal(pairs[3].target, thin.pair(3)[0].target)
 
 
 def test_augmentation_off_changes_nothing():
@@ -375,6 +388,23 @@ def test_little_is_lost_between_validations(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
+def test_moments_lie_as_their_weights_do_after_a_pause(tmp_path):
+    """What a fused optimiser asks for."""
+    run(tmp_path, 4, 2)
+    state = State(ResidualUNet(widths=(4, 8, 8)), Schedule(steps=4), torch.device("cpu"))
+    state.load(tmp_path / "checkpoint.safetensors")
+    assert len(state.optimiser.state) == len([*state.network.parameters()])
+    for weight, moments in state.optimiser.state.items():
+        assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == weight.stride()
+
+
+def test_as_many_processes_go_on_as_began(tmp_path, monkeypatch):
+    run(tmp_path, 4, 2)
+    monkeypatch.setattr(team, "SIZE", 2)
+    with pytest.raises(UsageError, match="was 1 at first and is 2 now"):
+        run(tmp_path, 6, 2)
+
+
 class Twice(BlurredNoise):
     """Gives two processes the volumes that one process would see."""
 
@@ -469,29 +499,62 @@ def test_a_network_does_not_begin_as_a_wider_or_deeper_one():
             begin_with(narrow, other.state_dict())
 
 
-def test_stages_take_their_width_from_their_start_and_their_patches_from_the_recipe(tmp_path):
-    """Two stages of one step each, from prepared persons to weights."""
-    rows = []
+@pytest.fixture
+def prepared(tmp_path):
+    """Two persons, and a recipe of two stages of one step each beside them."""
+    folder, rows = tmp_path / "prepared", []
+    folder.mkdir()
     for p, split in ((person(0), "train"), (person(1, head=False), "validation")):
-        np.save(tmp_path / f"{p.name}.npy", p.image.numpy())
+        np.save(folder / f"{p.name}.npy", p.image.numpy())
         told = {"name": p.name, "file": f"{p.name}.npy", "split": split, "head": p.head}
         rows.append(told | {"voxel_sizes": [1.0] * 3, "world": np.eye(4).tolist()})
-    (tmp_path / "persons.json").write_text(json.dumps({"persons": rows}))
-    np.save(tmp_path / "strip_mask.npy", np.ones(WORKING_GRID.shape, dtype=bool))
+    (folder / "persons.json").write_text(json.dumps({"persons": rows}))
+    np.save(folder / "strip_mask.npy", np.ones(WORKING_GRID.shape, dtype=bool))
     stage = "steps = 1\nvolumes_per_round = 1\nvalidation_volumes = 1\n"
     (tmp_path / "recipe.toml").write_text(
         "[network]\ninputs = 6\nwidths = [4, 8, 8]\n"
         "[data]\npatch = 32\ncube = 64\npatches_per_volume = 2\nhead_share = 0.5\n"
-        "own_share = 1.0\nseed = 1\n"
+        "own_share = 1.0\nseed = 1\n[consistency]\nsteps = [1, 1, 1, 1, 1, 1, 1]\n"
         f"[stages.trunk]\n{stage}classes = [0, 0, 0, 0, 1, 0, 0]\nwidths = [4, 8, 16]\n"
         f'[stages.5]\n{stage}start = "trunk"\nbatch = 4\npatches_per_volume = 4\n'
     )
-    run_recipe(tmp_path / "recipe.toml", tmp_path, tmp_path / "out")
+    return folder
+
+
+def test_stages_take_their_width_from_their_start_and_their_patches_from_the_recipe(
+    prepared, tmp_path
+):
+    """From prepared persons to weights; called again, training goes on by the recipe it began."""
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    first = ["train", str(prepared), str(out), "--recipe", str(recipe), "--stage", "trunk"]
+    assert main(first) == 0
+    assert not (out / "5").exists()
+    assert main(first[:3]) == main([*first[:4], str(out / "recipe.toml")]) == 0
+    assert (out / "recipe.toml").read_text() == recipe.read_text()
     for name in ("trunk", "5"):
-        best = tmp_path / "out" / name / "best.safetensors"
+        best = out / name / "best.safetensors"
         assert read_metadata(best, "network")["widths"] == [4, 8, 16]
-        progress = read_metadata(tmp_path / "out" / name / "checkpoint.safetensors", "progress")
-        assert progress["step"] == 1
+        assert read_metadata(out / name / "checkpoint.safetensors", "progress")["step"] == 1
+
+
+def test_what_training_lacks_is_told(prepared, tmp_path, capsys):
+    """One sentence and exit code 2, whatever is missing, and no folder for a stage."""
+    everybody = tmp_path / "bank.json"
+    save_bank([replace(g, held_out=True) for g in load_bank()], everybody)
+    out, common = tmp_path / "out", ["--recipe", str(tmp_path / "recipe.toml")]
+    for options, said in (
+        ([str(prepared), str(out), *common, "--stage", "6"], "--stage 6: .* holds trunk, 5"),
+        ([str(prepared), str(out), *common, "--stage", "5"], "stage 5 begins with trunk"),
+        ([str(out), str(out), *common], "there is no .*persons.json"),
+        ([str(prepared), str(out), *common, "--bank", str(out / "b")], "there is no bank"),
+        ([str(prepared), str(out), *common, "--bank", str(everybody)], "all of its persons"),
+    ):
+        assert main(["train", *options]) == 2
+        assert re.search(said, capsys.readouterr().err)
+    assert main(["export", str(out), str(tmp_path / "experts"), *common]) == 2
+    assert "lacks the stages 1, 2, 3" in capsys.readouterr().err
+    assert not (tmp_path / "experts").exists()
+    assert [path.name for path in out.iterdir()] == ["recipe.toml"]
 
 
 def test_the_shipped_recipe_is_whole():

@@ -38,6 +38,7 @@ def harvest(args: argparse.Namespace) -> None:
     from remix_bids.harvest import SUFFIXES, geometries_from_bids, geometries_from_records
     from remix_bids.simulation.acquisition import save_bank
 
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.source.is_file():
         if args.derivatives or args.suffix or args.licence:
             raise UsageError(
@@ -93,9 +94,10 @@ def train(args: argparse.Namespace) -> None:
     from remix_bids.training.recipe import run_recipe
 
     args.output.mkdir(parents=True, exist_ok=True)
-    recipe = _recipe(args.recipe)
-    if team.LEADS:
-        shutil.copy(recipe, args.output / "recipe.toml")
+    own = args.output / "recipe.toml"
+    recipe = _recipe(args.recipe or (own if own.is_file() else None))
+    if team.LEADS and recipe.resolve() != own.resolve():
+        shutil.copy(recipe, own)
     run_recipe(
         recipe,
         args.prepared,
@@ -146,17 +148,17 @@ def write_tables(rows: list[dict], path: Path) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Tables and plot of rows that `evaluate` has written, in one go or in several."""
-    from remix_bids.evaluation.rows import joined, read_rows, write_rows
+    from remix_bids.evaluation.rows import COLUMNS, joined, read_rows, write_rows
     from remix_bids.evaluation.settings import METHODS
 
     for path in args.rows:
         if not path.is_file():
             raise UsageError(f"{path} is no file; name TSV files that evaluate has written")
     tables, target = [read_rows(path) for path in args.rows], args.output.with_suffix(".tsv")
-    try:
-        rows = tables[0] if len(tables) == 1 else joined(tables)
-    except KeyError as error:
-        raise UsageError(f"a file lacks the column {error}: evaluate writes it") from error
+    for path, rows in zip(args.rows, tables, strict=True):
+        if rows and (lacking := [column for column in COLUMNS if column not in rows[0]]):
+            raise UsageError(f"{path} lacks {', '.join(lacking)}: evaluate writes these columns")
+    rows = tables[0] if len(tables) == 1 else joined(tables)
     if not rows:
         raise UsageError(
             "there are no rows; name TSV files that remix-experts evaluate has written"
@@ -190,6 +192,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.cases import cases, with_every_expert
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
+    from remix_bids.evaluation.run import manual_labels
     from remix_bids.evaluation.settings import ATROPOS, METHODS, Settings
     from remix_bids.evaluation.table import best_back_projection
     from remix_bids.experts.registry import load_registry
@@ -223,6 +226,9 @@ def evaluate(args: argparse.Namespace) -> None:
     segmenter = args.segmenter_command or (ATROPOS if args.dice else None)
     if args.labels and not segmenter:
         raise UsageError("--labels are compared with those of a segmenter: add --dice")
+    for file in [manual_labels(args.labels, p) for p in persons if not p.head and args.labels]:
+        if not file.is_file():
+            raise UsageError(f"--labels: there is no {file}; use --persons, or leave --labels out")
     if args.template and segmenter:
         raise UsageError(
             "--template moves the truth for every scan: leave Dice to a run without it"

@@ -54,7 +54,7 @@ def run_command(
     Raises
     ------
     RemixError
-        If it fails or writes nothing that can be read.
+        If it fails or writes nothing that can be read as one image.
     """
     with tempfile.TemporaryDirectory() as folder:
         names = {key: str(Path(folder) / f"{key}.nii.gz") for key in ("input", "output")}
@@ -74,8 +74,9 @@ def run_command(
                     f"{template!r} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
                 )
             result = nb.load(names["output"])
-            data = np.asanyarray(result.dataobj).astype(dtype).reshape(result.shape[:3])
-        except (OSError, ImageFileError) as error:
+            data = np.asanyarray(result.dataobj).astype(dtype)
+            data = data.reshape(result.shape[:3])  # refuses more than one image
+        except (OSError, ImageFileError, ValueError) as error:
             raise RemixError(f"{template!r}: {error}") from error
     x, y, z = data.shape
     return data, Grid((x, y, z), result.affine)

@@ -12,10 +12,13 @@ from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.settings import NETWORKS, Settings
 from remix_bids.experts.registry import GENERAL
 
-COLUMNS = ("drawn", "setup", "segmenter")
-"""What rows of earlier versions lacked."""
 SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
 """What a row tells of the scan."""
+COLUMNS = (
+    *("person", "drawn", "number", "noise", "affine", "setup", "method", "psnr", "segmenter"),
+    *SCAN,
+)
+"""Without these a table is not one of `evaluate`, or of an earlier version."""
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -59,7 +62,7 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
         segmenter, of other methods, or on cases that are not to be run now: writing the file anew
         would lose them.
     """
-    if rows and not {*COLUMNS, *SCAN} <= {*rows[0]}:
+    if rows and not {*COLUMNS} <= {*rows[0]}:
         raise UsageError("the output is not a table of this version; name another file")
     rows = [row for row in rows if None not in row.values()]  # cut off in the middle of a row
     found: dict[tuple, list[dict]] = {}

@@ -115,8 +115,8 @@ class TrueClasses:
         Where the segmenter starts.
     labels : (x, y, z) array
         In the true image.
-    floor : float
-        Dice of ``labels`` and those of the true image moved by half a voxel and back.
+    again : (x, y, z) array
+        In the true image moved by half a voxel and back: the segmenter's own floor.
     manual : (x, y, z) array or None
     """
 
@@ -125,7 +125,7 @@ class TrueClasses:
     mask: np.ndarray
     means: list[float]
     labels: np.ndarray
-    floor: float
+    again: np.ndarray
     manual: np.ndarray | None
 
     def compare(self, image: Tensor, inside: np.ndarray) -> dict[str, float | str]:
@@ -134,7 +134,7 @@ class TrueClasses:
         manual = "" if self.manual is None else round(dice(found, self.manual, inside), 4)
         return {
             "dice": round(dice(found, self.labels, inside), 4),
-            "dice_floor": round(self.floor, 4),
+            "dice_floor": round(dice(self.again, self.labels, inside), 4),
             "dice_manual": manual,
             "segmenter": self.name,
         }
@@ -156,17 +156,21 @@ def _true_classes(person: Person, truth: Tensor, grid: Grid, settings: Settings)
         segment = atropos if command == ATROPOS else external(command, grid)
         labels = segment(image, mask, means)
         again = segment(moved_and_back(image, np.random.default_rng(0)), mask, means)
-        floor = dice(labels, again, mask)
         manual = manual_classes(settings.labels, person, grid) if settings.labels else None
         name = settings.segmenter_name
-        _kept[person.name] = TrueClasses(segment, name, mask, means, labels, floor, manual)
+        _kept[person.name] = TrueClasses(segment, name, mask, means, labels, again, manual)
     return _kept[person.name]
 
 
-def manual_classes(folder: Path, person: Person, grid: Grid) -> np.ndarray:
-    """Manual tissue classes (``*_desc-tissues_dseg.nii.gz``) of a person on a template grid."""
+def manual_labels(folder: Path, person: Person) -> Path:
+    """Where BIDS derivatives hold the manual tissue classes of a person."""
     name = f"sub-{person.name}"
-    image = nb.load(folder / name / "anat" / f"{name}_desc-tissues_dseg.nii.gz")
+    return folder / name / "anat" / f"{name}_desc-tissues_dseg.nii.gz"
+
+
+def manual_classes(folder: Path, person: Person, grid: Grid) -> np.ndarray:
+    """Manual tissue classes of a person on a template grid."""
+    image = nb.load(manual_labels(folder, person))
     labels = np.asanyarray(image.dataobj).astype(np.int16).reshape(image.shape[:3])
     x, y, z = labels.shape
     mapping = index_map(grid, Grid((x, y, z), image.affine), person.world)

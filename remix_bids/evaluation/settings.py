@@ -16,8 +16,8 @@ CUBIC, ESTIMATE = "cubic", "estimate"
 BACK_PROJECTION, EXPERT = "back-projection", "expert"
 SHIPS = "expert + steps"
 """What the app would write: the network that the gate chooses and the steps of consistency that
-its table gives it (``consistency_steps`` in ``experts.toml``), none on noisy scans; where the gate
-chooses no expert, cubic interpolation."""
+its table gives it (``consistency_steps`` in ``experts.toml``), the less of them the noisier the
+scan; where the gate chooses no expert, cubic interpolation."""
 ATROPOS = "atropos"
 """The segmenter that comes with ANTs; any other is a command."""
 NETWORKS = (GENERAL, EXPERT, SHIPS)

@@ -74,12 +74,14 @@ def to_markdown(rows: Sequence[dict]) -> str:
             known = [row for row in mine if row.get(metric) not in (None, "")]
             if known:
                 lines += [f"**{label}, {title}**", "", *_means(known, metric), ""]
-        floors = {row["person"]: float(row["dice_floor"]) for row in mine if row.get("dice_floor")}
-        if floors:
-            lines += [
-                f"Dice of the segmenter with itself: {np.mean(list(floors.values())):.4f}",
-                "",
-            ]
+        segmented = [row for row in mine if row.get("dice_floor") not in (None, "")]
+        if segmented:
+            floors = {
+                k: np.mean(list(by_person(segmented, "dice_floor", **{"class": k}).values()))
+                for k in classes_of(segmented)
+            }
+            told = ", ".join(f"{floor:.4f} in class {k}" for k, floor in floors.items())
+            lines += [f"Dice of the segmenter with itself: {told}", ""]
         for metric in ("psnr", "ssim", "correlation", "dice", "dice_manual"):
             known = [row for row in mine if row.get(metric) not in (None, "")]
             if SHIPS in methods_of(known):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from remix_bids.errors import UsageError
 from remix_bids.experts.registry import effective_voxel_volume
 from remix_bids.spatial import WORKING_GRID, Grid
 
@@ -162,7 +163,15 @@ def sampling(mapping: np.ndarray, source: Grid) -> Sampling:
 
 
 def load_bank(path: Path | None = None) -> list[Geometry]:
-    """Read a bank of geometries; the shipped one by default."""
+    """Read a bank of geometries; the shipped one by default.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file.
+    """
+    if path is not None and not Path(path).is_file():
+        raise UsageError(f"there is no bank {path}: remix-experts harvest writes one")
     if path is None:
         text = resources.files("remix_bids.data").joinpath("acquisitions.json").read_text()
     else:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from remix_bids.errors import UsageError
 from remix_bids.experts.inference import network_input, slices_last
 from remix_bids.simulation.acquisition import Acquisition, Geometry, draw, from_header, slice_axis
 from remix_bids.simulation.degrade import acquire, add_rician_noise, bounding_box
@@ -25,6 +26,8 @@ COARSE_MM = 1.2
 """A person with a voxel side above this is no truth for detail."""
 COARSE_CLASSES = range(3, 8)
 COARSE_DETAIL = 0.3
+MOST_TRIES = 50
+"""To simulate a volume. A bank of slabs, as of the hippocampus, misses most cubes."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,17 @@ class Person:
 
 
 def load_persons(folder: Path, split: str, device: str = "cpu") -> list[Person]:
-    """Read the persons of one split ('train', 'validation' or 'held_out') of a prepared folder."""
-    rows = json.loads((Path(folder) / "persons.json").read_text())["persons"]
+    """Read the persons of one split ('train', 'validation' or 'held_out') of a prepared folder.
+
+    Raises
+    ------
+    UsageError
+        If nothing was prepared there.
+    """
+    table = Path(folder) / "persons.json"
+    if not table.is_file():
+        raise UsageError(f"there is no {table}: name a folder that remix-experts prepare wrote")
+    rows = json.loads(table.read_text())["persons"]
     return [
         Person(
             name=row["name"],
@@ -366,10 +378,18 @@ class Simulator:
         pool = heads if heads and (not brains or rng.random() < self.head_share) else brains
         person = pool[rng.choice(len(pool), p=study_shares(pool))]
         worlds = [p.world for p in self.persons]
-        acquisition = draw(rng, self.bank, worlds, k)
-        if not self.profile:
-            acquisition = acquisition.without_profile()
-        pair = simulate_pair(rng, person, acquisition, self.augment, self.strip_mask, self.cube)
+        for left in reversed(range(MOST_TRIES)):
+            acquisition = draw(rng, self.bank, worlds, k)
+            if not self.profile:
+                acquisition = acquisition.without_profile()
+            try:
+                pair = simulate_pair(
+                    rng, person, acquisition, self.augment, self.strip_mask, self.cube
+                )
+                break
+            except ValueError:  # the cube lies beside a thin slab
+                if not left:
+                    raise
         return pair, rng
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -14,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from remix_bids.errors import RemixError
+from remix_bids.errors import RemixError, UsageError
 from remix_bids.registration.affine import Templates, register_affine
 from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.spatial import WORKING_GRID, Grid, coverage, index_map, resample
@@ -66,6 +67,11 @@ def prepare_person(
     }
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def prepare(
     scans: Mapping[str, Path],
     templates: Templates,
@@ -78,6 +84,8 @@ def prepare(
     seed: int = 0,
 ) -> None:
     """Prepare many persons; those already in ``folder`` are kept, but for their split.
+
+    So a stopped run goes on, and several datasets can share a folder.
 
     Parameters
     ----------
@@ -93,6 +101,8 @@ def prepare(
 
     Raises
     ------
+    UsageError
+        If a person of that name is there already, from another image.
     RemixError
         If scans could not be prepared; all others are.
     """
@@ -107,6 +117,13 @@ def prepare(
     done = {row["name"] for row in rows}
     for row in rows:
         if row["name"] in scans:
+            scan = scans[row["name"]]
+            if "sha256" in row and row["sha256"] != _digest(scan):
+                raise UsageError(
+                    f"{folder} holds a sub-{row['name']} of another image than {scan}: two "
+                    "datasets with the same label? Give one of them another label, or another "
+                    "folder"
+                )
             row["split"] = split_of(row["name"])
 
     def write() -> None:
@@ -142,7 +159,8 @@ def prepare(
                 LOGGER.error("%s: %s", name, error)
                 continue
             np.save(folder / f"{name}.npy", row.pop("image"))
-            rows.append({"name": name, "file": f"{name}.npy", "split": split_of(name), **row})
+            named = {"name": name, "file": f"{name}.npy", "split": split_of(name)}
+            rows.append(named | {"sha256": _digest(scans[name])} | row)
             write()
             kind = "head" if row["head"] else "brain"
             LOGGER.info(

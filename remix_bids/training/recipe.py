@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -139,15 +140,25 @@ def run_recipe(
     Raises
     ------
     UsageError
-        If nobody is left to train on or to validate with.
+        If a stage is unknown or lacks its start, or nobody, or no geometry, is left to train on or
+        to validate with.
     """
     recipe = tomllib.loads(recipe_file.read_text())
-    data = recipe["data"]
+    data, stages = recipe["data"], recipe["stages"]
+    if unknown := set(only or ()) - set(stages):
+        names = ", ".join(sorted(unknown))
+        raise UsageError(f"--stage {names}: {recipe_file} holds {', '.join(stages)}")
     geometries = [g for g in load_bank(bank) if not g.held_out]
+    if not geometries:
+        raise UsageError(
+            f"{bank} holds no geometry to train on: all of its persons are held out; harvest more"
+        )
     device = team.join(device)
     if workers is None:
         workers = 1 if device == "cpu" else 0
     simulates = "cpu" if workers else device
+    persons = load_persons(prepared, "train", simulates)
+    unseen = load_persons(prepared, "validation", simulates)
     mask = np.load(prepared / "strip_mask.npy", allow_pickle=False)
     common = {
         "bank": geometries,
@@ -156,9 +167,7 @@ def run_recipe(
         "cube": data["cube"],
         "head_share": data["head_share"],
     }
-    persons = load_persons(prepared, "train", simulates)
-    unseen = load_persons(prepared, "validation", simulates)
-    for number, (stage, settings) in enumerate(recipe["stages"].items()):
+    for stage, settings in stages.items():
         if only and stage not in only:
             continue
         own = {k: v for k, v in settings.items() if k not in NOT_OF_SCHEDULE}
@@ -173,7 +182,8 @@ def run_recipe(
                     "prepare and train"
                 )
         weights = class_weights(stage, settings, data["own_share"])
-        seed = data["seed"] + 1000 * number
+        # By name: a stage that is put before others leaves them their volumes.
+        seed = data["seed"] + crc32(stage.encode())
         patches = settings.get("patches_per_volume", data["patches_per_volume"])
         simulator = Simulator(
             persons, class_weights=weights, seed=seed, patches_per_volume=patches, **common
@@ -185,6 +195,11 @@ def run_recipe(
         widths, loss = recipe["network"]["widths"], None
         if "start" in settings:
             start = output / settings["start"] / "best.safetensors"
+            if not start.is_file():
+                raise UsageError(
+                    f"stage {stage} begins with {settings['start']}, and there is no {start}: "
+                    "train that stage first"
+                )
             widths = read_metadata(start, "network")["widths"]
         widths = settings.get("widths", widths)
         network = ResidualUNet(recipe["network"]["inputs"], tuple(widths))
@@ -213,10 +228,18 @@ def export_experts(trained: Path, output: Path, steps: Sequence[int] = (0,) * 7)
     -------
     Path
         Of ``experts.toml``.
+
+    Raises
+    ------
+    UsageError
+        If one of them has not been trained; nothing is written.
     """
+    names = (*EXPERTS, GENERAL)
+    if lacking := [n for n in names if not (trained / n / "best.safetensors").is_file()]:
+        raise UsageError(f"{trained} lacks the stages {', '.join(lacking)}: train them first")
     output.mkdir(parents=True, exist_ok=True)
     lines = ["# Written by `remix-experts export`; volumes in mm3.", ""]
-    for name in (*EXPERTS, GENERAL):
+    for name in names:
         source = trained / name / "best.safetensors"
         file = f"expert-{name}.safetensors" if name != GENERAL else "general.safetensors"
         shutil.copyfile(source, output / file)  # readable by all, unlike what safetensors writes

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from remix_bids.errors import UsageError
 from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet, residual_scale
 from remix_bids.training import team
 from remix_bids.training.dataset import Simulator, cut_patch
@@ -180,14 +181,18 @@ def is_finished(folder: Path, schedule: Schedule) -> bool:
     return checkpoint.exists() and read_metadata(checkpoint, "progress")["step"] >= schedule.steps
 
 
+def as_features_lie(tensor: Tensor) -> Tensor:
+    """A 5D tensor with the channels last: else every step orders the weights anew."""
+    return tensor.contiguous(memory_format=torch.channels_last_3d) if tensor.ndim == 5 else tensor
+
+
 class State:
     """Network, its average, optimiser and step, kept in one safetensors file."""
 
     def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
         self.network = network.to(device)
         for weight in self.network.parameters():
-            if weight.ndim == 5:  # as the features lie: else every step orders the weights anew
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
+            weight.data = as_features_lie(weight.data)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         weights = [p for p in self.network.parameters() if p.ndim > 1]
         biases = [p for p in self.network.parameters() if p.ndim == 1]
@@ -212,7 +217,12 @@ class State:
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{k}": v for k, v in moments.items()}
         assert self.loss is not None
-        progress = {"step": self.step, "factors": self.loss.factors, "best": self.best}
+        progress = {
+            "step": self.step,
+            "factors": self.loss.factors,
+            "best": self.best,
+            "processes": team.SIZE,
+        }
         part = path.with_suffix(".part")
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(plain, str(part), metadata={"progress": json.dumps(progress)})
@@ -220,6 +230,12 @@ class State:
 
     def load(self, path: Path) -> None:
         progress = read_metadata(path, "progress")
+        # Each process sees volumes of its own: another number of them would see some twice.
+        if (processes := progress.get("processes", team.SIZE)) != team.SIZE:
+            raise UsageError(
+                f"{path.parent}: the number of processes was {processes} at first and is "
+                f"{team.SIZE} now; go on with {processes}, or remove the folder to begin anew"
+            )
         tensors = load_file(str(path))
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -230,7 +246,8 @@ class State:
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in part("optimiser.").items():
             i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = value
+            # A fused optimiser refuses moments that lie otherwise than their weights.
+            moments.setdefault(int(i), {})[name] = as_features_lie(value)
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.best = progress["step"], progress["best"]
