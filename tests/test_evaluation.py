@@ -29,7 +29,13 @@ from remix_bids.evaluation.settings import METHODS, Settings
 from remix_bids.evaluation.table import SHIPS, best_back_projection, bootstrap_interval, to_markdown
 from remix_bids.experts.registry import load_registry
 from remix_bids.registration.affine import Templates
-from remix_bids.simulation.acquisition import CLASS_RANGES, Acquisition, load_bank
+from remix_bids.simulation.acquisition import (
+    CLASS_RANGES,
+    Acquisition,
+    load_bank,
+    save_bank,
+    slice_axis,
+)
 from remix_bids.simulation.degrade import acquire
 from remix_bids.spatial import Grid
 from remix_bids.training.dataset import Person
@@ -142,6 +148,23 @@ def test_a_real_geometry_is_called_real_only_where_there_is_one():
         low, high = CLASS_RANGES[case.drawn]
         assert (case.source == "real") == any(low <= volume < high for volume in real)
     assert {c.source for c in todo} == {"real", "any plane"}
+
+
+def test_geometries_come_from_the_bank_that_is_named(tmp_path):
+    """A bank with one sagittal scan that is held out: whatever plane is asked for, it is this."""
+    sagittal = [replace(g, held_out=False) for g in load_bank() if g.plane == "sagittal"][:2]
+    bank, none = tmp_path / "bank.json", tmp_path / "none.json"
+    save_bank([replace(sagittal[0], held_out=True), sagittal[1]], bank)
+    save_bank(sagittal, none)
+    kinds = {"kinds": ["axial", "sagittal"]}
+    todo = cases(people(2), protocol() | kinds, [3, 4], [0.0], bank)
+    normal = slice_axis(sagittal[0].grid)
+    across = [case.acquisition().grid.affine[:3, normal] for case in todo]
+    assert [int(np.abs(direction).argmax()) for direction in across] == [0] * len(todo)
+    planes = {c.kind for c in todo}
+    assert planes == {"axial", "sagittal"}
+    with pytest.raises(UsageError, match="no geometry is held out"):
+        cases(people(1), protocol(), [3], [0.0], none)[0].acquisition()
 
 
 def test_choices_are_made_on_other_acquisitions_than_those_reported():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import logging
 import shutil
 import sys
@@ -189,7 +190,7 @@ def _named_commands(options: list[str]) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
-    from remix_bids.evaluation.cases import cases, with_every_expert
+    from remix_bids.evaluation.cases import cases, geometries, with_every_expert
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.run import manual_labels
@@ -215,9 +216,13 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.segmenter_command:
         parse_command(args.segmenter_command)
     noise = protocol["noise"] if args.noise is None else args.noise
-    todo = cases(persons, protocol, args.classes, noise)
+    if args.bank:
+        geometries(args.bank, held_out=args.split == "held_out")  # refuses a bank without any
+        protocol["bank"] = hashlib.sha256(args.bank.read_bytes()).hexdigest()  # decides the rows
+    todo = cases(persons, protocol, args.classes, noise, args.bank)
     if args.every_expert:
-        more = cases(persons, protocol | {"geometries_per_person": most}, args.classes, noise)
+        often = protocol | {"geometries_per_person": most}
+        more = cases(persons, often, args.classes, noise, args.bank)
         registry = load_registry(args.experts_dir)
         todo = with_every_expert(todo, more, lambda volume: registry.select(volume).name)
     if not todo:
@@ -278,7 +283,7 @@ def lesions(args: argparse.Namespace) -> None:
 
     protocol, persons = _protocol_and_persons(args)
     once = protocol | {"geometries_per_person": 1}  # every one holds 16 lesions
-    todo = cases(persons, once, args.classes, [args.noise])
+    todo = cases(persons, once, args.classes, [args.noise], args.bank)
     _write_table(args, to_markdown(write_rows(args.output, run_cases(todo, args.experts_dir))))
 
 
@@ -291,6 +296,7 @@ def gates(args: argparse.Namespace) -> None:
     batches = run_gates(
         persons,
         experts_dir=args.experts_dir,
+        bank=args.bank,
         limit=args.geometries,
         noise=args.noise,
         seed=protocol["seed"],
@@ -313,6 +319,14 @@ def compare(args: argparse.Namespace) -> None:
     print(run(args.folder, args.output))
 
 
+def _add_origins(p: argparse.ArgumentParser) -> None:
+    """Whose experts, on whose held-out acquisitions."""
+    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
+    p.add_argument(
+        "--bank", type=Path, help="of `harvest`, its held-out geometries; default: the shipped one"
+    )
+
+
 def _add_experiment(p: argparse.ArgumentParser, persons: int | None) -> None:
     """Arguments that `lesions` and `gates` share."""
     p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
@@ -322,7 +336,7 @@ def _add_experiment(p: argparse.ArgumentParser, persons: int | None) -> None:
         "--persons", type=int, default=persons, help=f"only so many (default: {persons or 'all'})"
     )
     p.add_argument("--noise", type=float, default=0.0, help="Rician; default: none")
-    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
+    _add_origins(p)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -421,7 +435,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="NAME=COMMAND",
         help="also this program: 'synthsr=mri_synthsr --i {input} --o {output}'",
     )
-    p.add_argument("--experts-dir", type=Path, help="default: the shipped experts")
+    _add_origins(p)
     p.add_argument("--nprocs", type=int, default=1)
     p.set_defaults(run=evaluate)
 

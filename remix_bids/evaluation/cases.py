@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
+from remix_bids.errors import UsageError
 from remix_bids.experts.registry import effective_voxel_volume
 from remix_bids.simulation.acquisition import (
     CLASS_RANGES,
@@ -37,6 +39,8 @@ class Case:
         Of this person's geometries in the class; the first one is segmented.
     seed : tuple of int
     noise : float
+    bank : Path, optional
+        Where geometries come from; the shipped bank by default.
     """
 
     person: Person
@@ -45,6 +49,7 @@ class Case:
     number: int
     seed: tuple[int, ...]
     noise: float
+    bank: Path | None = None
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -59,17 +64,17 @@ class Case:
     @property
     def source(self) -> str:
         """Where the geometry comes from: ``kind``, unless no real one has such a volume."""
-        real = self.kind != "real" or _real(self.drawn, self.held_out)
+        real = self.kind != "real" or self._real()
         return self.kind if real else "any plane"
 
     def acquisition(self) -> Acquisition:
         """A geometry on the person; its own scale and shear."""
         rng = np.random.default_rng(self.seed)
         if self.source == "real":
-            own = _real(self.drawn, self.held_out)
+            own = self._real()
             return place(own[rng.integers(len(own))], self.person.world, rng)
         tilt = re.fullmatch(r"oblique(\d+)", self.kind)
-        bank = [g for g in load_bank() if g.held_out == self.held_out]
+        bank = geometries(self.bank, held_out=self.held_out)
         plane = [g for g in bank if g.plane == self.kind] or bank
         return place(
             plane[rng.integers(len(plane))],
@@ -79,17 +84,35 @@ class Case:
             obliquity=float(tilt[1]) if tilt else None,
         )
 
+    def _real(self) -> list[Geometry]:
+        """The real geometries of the class."""
+        low, high = CLASS_RANGES[self.drawn]
+        bank = geometries(self.bank, held_out=self.held_out)
+        return [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
+
 
 @lru_cache
-def _real(drawn: int, held_out: bool) -> list[Geometry]:
-    """The real geometries of a class."""
-    low, high = CLASS_RANGES[drawn]
-    bank = [g for g in load_bank() if g.held_out == held_out]
-    return [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
+def geometries(bank: Path | None, *, held_out: bool) -> list[Geometry]:
+    """The geometries of a bank (the shipped one by default) that are, or are not, held out.
+
+    Raises
+    ------
+    UsageError
+        If there are none.
+    """
+    found = [g for g in load_bank(bank) if g.held_out == held_out]
+    if not found:
+        which = "is held out" if held_out else "is left to choose on"
+        raise UsageError(f"{bank}: no geometry {which}; harvest more persons")
+    return found
 
 
 def cases(
-    persons: Sequence[Person], protocol: dict, classes: Sequence[int], noise: Sequence[float]
+    persons: Sequence[Person],
+    protocol: dict,
+    classes: Sequence[int],
+    noise: Sequence[float],
+    bank: Path | None = None,
 ) -> list[Case]:
     """The cases of a protocol; the order of kinds turns with person and class.
 
@@ -102,7 +125,7 @@ def cases(
         return (protocol["seed"], *where, *([] if person.split == "held_out" else [1]))
 
     return [
-        Case(person, k, kinds[(i + k + j) % len(kinds)], j, seed(person, i, k, j), sigma)
+        Case(person, k, kinds[(i + k + j) % len(kinds)], j, seed(person, i, k, j), sigma, bank)
         for k in classes
         for i, person in enumerate(persons)
         if not person.coarse or k in COARSE_CLASSES

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from remix_bids.evaluation.cases import geometries
 from remix_bids.evaluation.metrics import correlation, eroded, psnr
 from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.evaluation.table import bootstrap_interval, by_person
 from remix_bids.experts.registry import Registry, effective_voxel_volume, voxel_volume
-from remix_bids.simulation.acquisition import Geometry, load_bank, place, to_working_grid
+from remix_bids.simulation.acquisition import Geometry, place, to_working_grid
 from remix_bids.spatial import coverage
 from remix_bids.training.dataset import Person, crop_to_foreground
 
@@ -51,18 +52,21 @@ def run_gates(
     persons: Sequence[Person],
     *,
     experts_dir: Path | None = None,
+    bank: Path | None = None,
     limit: int | None = None,
     noise: float = 0.0,
     seed: int = 77,
     erosion: int = 2,
 ) -> Iterator[list[dict]]:
-    """Both gates on every held-out geometry of the shipped bank that they disagree upon.
+    """Both gates on every held-out geometry of a bank that they disagree upon.
 
     Geometries are dealt to the persons in turn. Yields three rows for each: cubic interpolation,
     and the expert of either gate.
 
     Parameters
     ----------
+    bank : Path, optional
+        The shipped bank by default.
     limit : int, optional
         Only so many geometries, spread over all.
     noise : float
@@ -71,7 +75,7 @@ def run_gates(
         Voxels taken off the brain inside which errors count.
     """
     registry = registry_of(experts_dir)
-    todo = disagreements(registry, [g for g in load_bank() if g.held_out])
+    todo = disagreements(registry, geometries(bank, held_out=True))
     if limit is not None and limit < len(todo):
         todo = [todo[i] for i in np.linspace(0, len(todo) - 1, limit).astype(int)]
     for number, case in enumerate(todo):
