@@ -295,6 +295,13 @@ def test_a_killed_process_ends_the_evaluation(prepared, tmp_path, capsys):
     assert refused.value.code == 2
     assert main([str(a) for a in (*args, 0, "--labels", folder)]) == 2
     assert "add --dice" in capsys.readouterr().err
+    assert main([str(a) for a in (*args, 0, "--dice", "--labels", folder)]) == 2
+    assert "_desc-tissues_dseg.nii.gz" in capsys.readouterr().err
+    assert main([str(a) for a in (*args, 0, "--bank", folder)]) == 2
+    assert "there is no bank" in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert main(["table", str(other), str(folder / "persons.json")]) == 2
+    assert "lacks person, drawn" in capsys.readouterr().err
     assert (tmp_path / "rows.tsv").read_text() == before
 
 

@@ -115,6 +115,13 @@ def test_a_bad_command_is_told():
         run_command("no-such-tool {input} {output}", image, GRID)
     with pytest.raises(RemixError, match="output"):
         run_command(f"{sys.executable} -c '' {{input}} {{output}}", image, GRID)
+    twice = "import sys, nibabel as nb; i = nb.load(sys.argv[1]); j = nb.concat_images([i, i])"
+    with pytest.raises(RemixError, match="cannot reshape"):
+        run_command(
+            f"{sys.executable} -c '{twice}; nb.save(j, sys.argv[2])' {{input}} {{output}}",
+            image,
+            GRID,
+        )
 
 
 def test_file_names_reach_no_shell():

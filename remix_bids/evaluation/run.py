@@ -253,7 +253,9 @@ def _measure(
     if person.head:
         found["head_detail"] = round(detail_ratio(image, truth, outside), 4)
     elif segment:
-        found |= _true_classes(person, truth, grid, settings).compare(image, brain.numpy())
+        # Not acquired is no tissue: its zeros would draw the segmenter's classes after them.
+        whole = torch.where(covered, image, truth)
+        found |= _true_classes(person, truth, grid, settings).compare(whole, brain.numpy())
     return found
 
 
