@@ -299,8 +299,8 @@ def test_a_killed_process_ends_the_evaluation(prepared, tmp_path, capsys):
     assert "_desc-tissues_dseg.nii.gz" in capsys.readouterr().err
     assert main([str(a) for a in (*args, 0, "--bank", folder)]) == 2
     assert "there is no bank" in capsys.readouterr().err
-    other = tmp_path / "other"
-    assert main(["table", str(other), str(folder / "persons.json")]) == 2
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t30\n")
+    assert main(["table", str(tmp_path / "t"), str(tmp_path / "participants.tsv")]) == 2
     assert "lacks person, drawn" in capsys.readouterr().err
     assert (tmp_path / "rows.tsv").read_text() == before
 
