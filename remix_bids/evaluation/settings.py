@@ -20,6 +20,8 @@ its table gives it (``consistency_steps`` in ``experts.toml``), the less of them
 scan; where the gate chooses no expert, cubic interpolation."""
 ATROPOS = "atropos"
 """The segmenter that comes with ANTs; any other is a command."""
+_DICE_REVISION = 2
+"""Raised by hand when code changes what Dice says, and nothing else of a row."""
 NETWORKS = (GENERAL, EXPERT, SHIPS)
 METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, *NETWORKS)
 
@@ -62,9 +64,11 @@ class Settings:
     @property
     def segmenter_name(self) -> str:
         """As it stands in the rows: a command by its digest, for it may hold folders' names."""
-        if self.segmenter in (None, ATROPOS):
-            return self.segmenter or ""
-        return f"command {hashlib.sha256(str(self.segmenter).encode()).hexdigest()[:8]}"
+        if self.segmenter is None:
+            return ""
+        digest = hashlib.sha256(self.segmenter.encode()).hexdigest()[:8]
+        name = ATROPOS if self.segmenter == ATROPOS else f"command {digest}"
+        return f"{name}, revision {_DICE_REVISION}"
 
     @property
     def affine(self) -> str:
