@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from remix_bids.cli.app import run
+from remix_bids.cli.app import claim_work_dir, run, with_resources
 from remix_bids.cli.parser import parse_args
 from remix_bids.config import RunConfig
 from remix_bids.errors import NothingToDoError, UsageError
-from remix_bids.inputs import collect_scans
+from remix_bids.inputs import Scan, collect_scans
 from remix_bids.resources import parse_memory
 from tests.bids_skeletons import make_dataset
 
@@ -174,6 +174,14 @@ def test_config_file_gives_way_to_the_command_line(parse, tmp_path):
     file.write_text("speed = 1")
     with pytest.raises(UsageError, match="speed"):
         parse("--config-file", file)
+
+
+def test_the_settings_of_a_run_can_be_given_to_the_next(parse, tmp_path):
+    """As they are written: with what the machine has filled in."""
+    file = tmp_path / "remix_bids.toml"
+    first = with_resources(parse("--random-seed", 7, "--device", "cpu"))
+    file.write_text(first.to_toml())
+    assert parse("--config-file", file).random_seed == 7
 
 
 def test_relative_paths_and_links(dataset, tmp_path, monkeypatch):
@@ -426,6 +434,34 @@ def test_stop_on_first_crash_and_clean_workdir(tmp_path, capsys):
     assert any("not run" in line for line in lines)
     assert not (tmp_path / "w" / ROOT / "old").exists()
     assert (tmp_path / "w/mine").exists()  # only what is ours is removed
+
+
+def test_runs_do_not_share_the_intermediate_files_of_a_scan(tmp_path):
+    """Another process has claimed one of them: of two scans the other is free."""
+    images = {s: Path(f"/d/sub-{s}/anat/sub-{s}_T1w.nii.gz") for s in ("01", "02")}
+    scans = [Scan(path, subject, None, None) for subject, path in images.items()]
+    config = RunConfig(Path("/d"), Path("/o"), "participant", work_dir=tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from remix_bids.cli.app import claim_work_dir; "
+        "from remix_bids.config import RunConfig; from remix_bids.inputs import Scan; "
+        "scan = Scan(Path('/d/sub-01/anat/sub-01_T1w.nii.gz'), '01', None, None); "
+        "config = RunConfig(Path('/d'), Path('/p'), 'participant', work_dir=Path(sys.argv[1])); "
+        "lock = claim_work_dir(config, [scan]); print('claimed', flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "claimed\n"
+    with pytest.raises(UsageError, match="another run is at work"):
+        claim_work_dir(config, scans)
+    with pytest.raises(UsageError, match="another run is at work"):
+        claim_work_dir(config.with_(clean_workdir=True), scans[1:])
+    claim_work_dir(config, scans[1:]).close()
+    other.communicate("\n")
+    claim_work_dir(config, scans).close()
 
 
 def test_plugin_file(dataset, tmp_path):

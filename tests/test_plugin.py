@@ -1,14 +1,20 @@
 """A killed worker must cost one node, not the run."""
 
 import os
+import shutil
 import time
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from nipype import Function, Node, Workflow
+from nipype import Function, Node, Rename, Workflow
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin
 
-from remix_bids.workflows.plugin import RemixMultiProcPlugin
+from remix_bids.config import RunConfig
+from remix_bids.inputs import Scan
+from remix_bids.workflows.plugin import HOLES, RemixMultiProcPlugin
+from remix_bids.workflows.run import _outcome, explain
 
 
 def kill_self(value):
@@ -99,6 +105,34 @@ def test_killed_worker(tmp_path, bad, how):
     assert (plugin.n_run, plugin.n_cached) == (2, 0)
 
 
+def test_a_hole_in_the_working_folder_costs_one_branch_and_is_mended(tmp_path):
+    """A file that one node has left for the next is gone, as after a cleaner of scratch folders."""
+    (tmp_path / "scan.txt").write_text("voxels")
+
+    def chain():
+        workflow = build(tmp_path, negate)
+        make = Node(Rename(in_file=tmp_path / "scan.txt", format_string="made.txt"), name="make")
+        use = Node(Rename(format_string="used.txt"), name="use")
+        workflow.connect(make, "out_file", use, "in_file")
+        return workflow
+
+    assert run(chain())[2] is None
+    made = tmp_path / "work/wf/make/made.txt"
+    made.unlink()
+    (tmp_path / "work/wf/ran.txt").unlink()
+    shutil.rmtree(tmp_path / "work/wf/good")  # so that there is something else to do
+    plugin, _, error, _ = run(chain())
+    assert error is not None
+    assert [node.name for node, _, _ in plugin.failures] == ["use"]
+    (crash,) = (tmp_path / "crash").iterdir()
+    kind, why = explain(crash.read_text())
+    assert kind == "RemixError"
+    assert why in HOLES.format(node="wf.use")
+    assert (tmp_path / "work/wf/ran.txt").read_text() == "x"
+    assert run(chain())[2] is None
+    assert made.exists()
+
+
 def is_running(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
@@ -115,6 +149,18 @@ def test_children_of_a_killed_worker_end_with_it(tmp_path):
     while is_running(pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert not is_running(pid)
+
+
+def test_a_scan_that_failed_is_not_done_whatever_the_plugin_raises(tmp_path):
+    """Nipype's own base of plugins swallows what fails in the parent, such as a full disk."""
+    scans = [Scan(Path(f"/d/sub-{s}_T1w.nii.gz"), s, None, None) for s in ("01", "02")]
+    progress = SimpleNamespace(heard=True, is_done=lambda scan: scan.subject == "01")
+    config = RunConfig(Path("/d"), tmp_path, "participant")
+    found = _outcome(progress, None, None, config, scans)
+    assert (found.done, list(found.failed)) == (scans[:1], scans[1:])
+    progress.heard = False  # this one says nothing until it raises
+    assert _outcome(progress, None, None, config, scans).done == scans
+    assert _outcome(progress, None, OSError("full"), config, scans).failed[scans[0]] == "full"
 
 
 def test_rerun_is_cached(tmp_path):

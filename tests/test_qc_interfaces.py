@@ -19,6 +19,7 @@ from remix_bids.interfaces.reports import Tabulate, consistency_html, quality_ht
 from remix_bids.interfaces.resample import save_on_working_grid
 from remix_bids.native import native_grid
 from remix_bids.registration.itk import write_itk_affine
+from remix_bids.simulation import estimate
 from remix_bids.spatial import WORKING_GRID, Grid
 from tests.bids_skeletons import GEOMETRY, save_image
 from tests.pages import figures_of, sidecar
@@ -65,8 +66,8 @@ def test_native_image_keeps_world_and_codes(tmp_path, codes):
     assert 0 < result.enhanced_fraction <= 1
 
 
-def test_consistency_steps_as_many_as_told(tmp_path):
-    """None: the file itself. One: a constant scan fills in what an empty output lacks."""
+def test_consistency_steps_as_many_as_told(tmp_path, monkeypatch):
+    """None, or a noisy scan: the file itself. One: the scan fills in what the output lacks."""
     affine = np.diag([1.0, 1, 4, 1])
     affine[:3, 3] = (-30, -40, -30)
     scan = save_image(tmp_path / "scan.nii.gz", affine=affine)
@@ -85,6 +86,9 @@ def test_consistency_steps_as_many_as_told(tmp_path):
     image = nb.load(one.out_file).get_fdata()
     assert image[90, 116, 70] == pytest.approx(100, rel=0.01)
     assert not image[covered == 0].any()
+    monkeypatch.setattr(estimate, "freedom_from_noise", lambda *_: 0.0)
+    noisy = outputs(EnforceConsistency(**given, steps=1), tmp_path / "noisy")
+    assert (noisy.out_file, noisy.share) == (given["enhanced"], 0)
 
 
 def test_native_sidecar(tmp_path):

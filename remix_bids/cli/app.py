@@ -14,6 +14,8 @@ status  meaning
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -22,9 +24,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+from zlib import crc32
 
 from remix_bids import __version__
 from remix_bids.cli.parser import parse_args, read_filters
@@ -108,7 +112,10 @@ def without_scans(config: RunConfig) -> int | None:
         from remix_bids.reports.group import write_group
 
         check_output_dataset(config.output_dir)
-        page, n_scans, n_flagged = write_group(config.output_dir, config.participant_label)
+        try:
+            page, n_scans, n_flagged = write_group(config.output_dir, config.participant_label)
+        except OSError as error:
+            raise UsageError(f"cannot write: {error}") from error
         print(f"group report: {page}\n{n_scans} scan(s), {n_flagged} flagged", flush=True)
         return 0
     return rebuild_reports(config) if config.reports_only else None
@@ -217,7 +224,7 @@ def with_resources(config: RunConfig) -> RunConfig:
         omp_nthreads=min(config.omp_nthreads or 4, nprocs),
         mem_gb=config.mem_gb or 0.9 * available_memory_gb(),
         device=device,
-        n_gpu_procs=(config.n_gpu_procs or 1) if device.startswith("cuda") else 0,
+        n_gpu_procs=(config.n_gpu_procs or 1) if device.startswith("cuda") else None,
     )
 
 
@@ -297,11 +304,11 @@ def work(job: Job) -> Outcome:
     from remix_bids.workflows.run import execute
 
     config = job.config
-    if config.clean_workdir and (config.work_dir / ROOT).exists():
-        shutil.rmtree(config.work_dir / ROOT)
     workflow = build(job)
     try:
-        config.work_dir.mkdir(parents=True, exist_ok=True)
+        lock = claim_work_dir(config, job.scans)
+        if config.clean_workdir and (config.work_dir / ROOT).exists():
+            shutil.rmtree(config.work_dir / ROOT)
         write_dataset_files(config.output_dir, config.bids_dir)
         write_boilerplate(config)
         if job.complaints:
@@ -325,17 +332,56 @@ def work(job: Job) -> Outcome:
         config.device,
         config.nprocs,
     )
-    return execute(workflow, config, job.scans)
+    with lock:
+        return execute(workflow, config, job.scans)
+
+
+def claim_work_dir(config: RunConfig, scans: Sequence[Scan]) -> IO[bytes]:
+    """Keep other runs from the intermediate files of the same scans, while the file is open.
+
+    They would put theirs in their place: one run would write what the other has computed.
+
+    Raises
+    ------
+    UsageError
+        Another run has claimed one of the scans, or, with ``--clean-workdir``, any.
+    """
+    from remix_bids.naming import workflow_name
+
+    config.work_dir.mkdir(parents=True, exist_ok=True)
+    file = (config.work_dir / ".remix_bids.lock").open("ab")
+    try:
+        if config.clean_workdir:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for scan in scans:  # a byte each, of a file that stays empty
+            name = f"sub-{scan.subject} {workflow_name(scan.path)}"
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, crc32(name.encode()))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise UsageError(
+                f"another run is at work in {config.work_dir}, on the same scans or with "
+                "--clean-workdir; wait for it, or give this one a folder of its own (-w)"
+            ) from None
+        LOGGER.warning("%s cannot be locked: %s", file.name, error)  # some file systems
+    return file
 
 
 def report(job: Job, outcome: Outcome) -> list[str]:
     """Rebuild the page of every subject; return those that could not be built."""
+    from remix_bids.naming import output_names
     from remix_bids.reports.individual import note_done
     from remix_bids.workflows.base import log_dir
 
     for subject in sorted({scan.subject for scan in outcome.done}):
         done = [scan.path for scan in outcome.done if scan.subject == subject]
-        note_done(log_dir(job.config, subject), done)
+        try:
+            note_done(log_dir(job.config, subject), done)
+        except OSError as error:  # must not hide the result of the run
+            LOGGER.error("sub-%s: cannot note what was done: %s", subject, error)
+    for scan in outcome.failed:  # or the group table would tell figures of an earlier run
+        with suppress(OSError):
+            (job.config.output_dir / output_names(scan.path, job.template.space).qc).unlink()
     about = {
         "Settings": f"log/{job.config.run_uuid}/remix_bids.toml",
         "Template": str(job.template.t1w),

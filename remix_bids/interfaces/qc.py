@@ -178,6 +178,9 @@ class EnforceConsistency(SimpleInterface):
             WORKING_GRID,
             self.inputs.steps,
         )
+        if share == 0:
+            self._results.update(out_file=self.inputs.enhanced, share=share)
+            return runtime
         path = Path(runtime.cwd) / "enforced.nii.gz"
         save_on_working_grid(image.numpy() * (load(self.inputs.coverage) > 0), path)
         self._results.update(out_file=str(path), share=share)

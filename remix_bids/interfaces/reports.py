@@ -328,6 +328,8 @@ class Summarize(SimpleInterface):
 
 def summary_html(source: str, sidecar: dict[str, Any]) -> str:
     """What a person wants to know first, as an HTML fragment."""
+    from remix_bids.simulation.slices import EXPECTED
+
     expert = sidecar["Expert"]
     digest = sidecar.get("ExpertSHA256", "")
     volume = f"{sidecar['EffectiveVoxelVolume']:g} mm3 effective"
@@ -338,7 +340,10 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
         why = f"the nearest to {volume}; rule: {sidecar['SelectionRule']}"
     if expert == "none":
         why = "all voxel sides are near 1 mm, nothing is to be gained; a resampled copy"
-    slices = "as header and sidecar tell; too thin to be measured, or too far apart, or too few"
+    slices = (
+        f"taken to be {EXPECTED:g} times as wide as header and sidecar make likely; too thin to be "
+        "measured, or too far apart, or too few"
+    )
     if "SliceProfileWidth" in sidecar:
         width = sidecar["SliceProfileWidth"]
         slices = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import nibabel as nb
 from nipype import Workflow
 
-from remix_bids import __version__
+import remix_bids
 from remix_bids.config import RunConfig
 from remix_bids.errors import GraphError
 from remix_bids.inputs import Scan
@@ -21,8 +22,17 @@ from remix_bids.naming import check_collisions, output_names, workflow_name
 from remix_bids.templates import Template
 from remix_bids.workflows.anatomical import init_anat_remix_wf
 
-# Another version computes anew: Nipype does not see that code has changed.
-ROOT = f"remix_bids_{'_'.join(__version__.split('.')[:2])}_wf"
+
+def _digest_of_code() -> str:
+    """First digits of a sha256 of the package's own code."""
+    folder, digest = Path(remix_bids.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+ROOT = f"remix_bids_{_digest_of_code()}_wf"
+"""Other code computes anew: Nipype does not see that it has changed."""
 
 
 def init_remix_wf(

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import time
+import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -26,6 +29,12 @@ from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 KILLED = (
     "The process that ran node {node} was killed{how}. Most often the system ran out of memory: "
     "give the run more memory, or use --low-mem or a smaller --nprocs.\n"
+)
+
+HOLES = (
+    "remix_bids.errors.RemixError: {node} lacks intermediate files that an earlier run has left; "
+    "was the working folder moved, or cleaned? What is broken in it was removed: run the same "
+    "again.\n"
 )
 
 
@@ -80,6 +89,28 @@ class RemixMultiProcPlugin(MultiProcPlugin):
             return jobids
         last = len(self._branch)
         return sorted(jobids, key=lambda job: self._branch[job] if job < last else -1)
+
+    def _local_hash_check(self, jobid: int, graph: Any) -> bool:
+        """Whether a node needs not run; one whose inputs are gone fails alone.
+
+        A folder that was moved, or that a cleaner has been through, would end the run. What is
+        broken in it is removed, so that the next run makes it anew.
+        """
+        node = self.procs[jobid]
+        try:
+            node.is_cached()
+        except Exception:
+            for earlier in graph.predecessors(node):
+                try:
+                    assert earlier.result.outputs is not None
+                except Exception:
+                    shutil.rmtree(earlier.output_dir(), ignore_errors=True)
+            trace = [*traceback.format_exception(*sys.exc_info()), HOLES.format(node=node.fullname)]
+            self._run_errors.append(trace)
+            self._clean_queue(jobid, graph, result={"result": None, "traceback": trace})
+            self.proc_pending[jobid] = False
+            return True
+        return super()._local_hash_check(jobid, graph)
 
     def _new_slot(self) -> ProcessPoolExecutor:
         level = self.plugin_args.get("worker_log_level", logging.getLogger("nipype.workflow").level)
@@ -144,8 +175,8 @@ class RemixMultiProcPlugin(MultiProcPlugin):
 
     def _report_crash(self, node: Any, result: dict[str, Any] | None = None) -> str:
         crash_file = super()._report_crash(node, result=result)
-        traceback = (result or {}).get("traceback") or ""
-        self.failures.append((node, crash_file, "".join(traceback)))
+        trace = (result or {}).get("traceback") or ""
+        self.failures.append((node, crash_file, "".join(trace)))
         return crash_file
 
     def _postrun_check(self) -> None:

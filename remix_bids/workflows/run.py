@@ -192,10 +192,12 @@ def _outcome(
     if plugin is not None:
         outcome.n_run, outcome.n_cached = plugin.n_run, plugin.n_cached
     for scan in scans:
-        if error is None or (progress.heard and progress.is_done(scan)):
+        # A plugin may tell of a failed node and yet raise nothing.
+        if progress.is_done(scan) if progress.heard else error is None:
             outcome.done.append(scan)
         else:
-            why = "not run: the run was broken off" if outcome.crash_files else str(error)
+            why = str(error or "not all of its steps came to an end")
+            why = "not run: the run was broken off" if outcome.crash_files else why
             outcome.failed[scan] = reasons.get(scan, why)
     outcome.missing_resource = (
         not outcome.done and bool(kinds) and set(kinds) == {"MissingResourceError"}
