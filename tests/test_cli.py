@@ -14,6 +14,7 @@ from remix_bids.cli.parser import parse_args
 from remix_bids.config import RunConfig
 from remix_bids.errors import NothingToDoError, UsageError
 from remix_bids.inputs import Scan, collect_scans
+from remix_bids.naming import output_names
 from remix_bids.resources import parse_memory
 from tests.bids_skeletons import make_dataset
 
@@ -399,7 +400,14 @@ def test_failed_scans_are_reported_one_by_one(tmp_path, capsys):
     out = tmp_path / "my out"
     arguments = [bids, out, "participant", "-w", tmp_path / "w", "--offline", "--nprocs", 2]
     arguments += ["--output-spaces", "MNI152NLin2009aSym", "--experts-dir", experts]
+    figures = out / output_names("sub-02_T1w.nii", "MNI152NLin2009aSym").qc
+    figures.parent.mkdir(parents=True)
+    figures.write_text("{}")  # of a run when this scan was good
+    (out / "dataset_description.json").write_text(
+        json.dumps({"Name": "o", "GeneratedBy": [{"Name": "remix-bids"}]})
+    )
     assert run([*map(str, arguments), "--skip-bids-validation"]) == 1
+    assert not figures.exists()
     lines = capsys.readouterr().out.splitlines()
     crashes = sorted(out.glob("sub-*/log/*/crash-*.txt"))
     assert len(crashes) == 2

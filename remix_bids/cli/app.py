@@ -32,7 +32,7 @@ from zlib import crc32
 
 from remix_bids import __version__
 from remix_bids.cli.parser import parse_args, read_filters
-from remix_bids.config import RunConfig
+from remix_bids.config import NATIVE, RunConfig
 from remix_bids.errors import GraphError, RemixError, UsageError
 
 if TYPE_CHECKING:  # nothing heavy is imported before the arguments are known to be right
@@ -379,9 +379,13 @@ def report(job: Job, outcome: Outcome) -> list[str]:
             note_done(log_dir(job.config, subject), done)
         except OSError as error:  # must not hide the result of the run
             LOGGER.error("sub-%s: cannot note what was done: %s", subject, error)
-    for scan in outcome.failed:  # or the group table would tell figures of an earlier run
+    # Of earlier runs: the group table would tell, and the page would show, what is no longer so.
+    stale = [output_names(scan.path, job.template.space).qc for scan in outcome.failed]
+    if NATIVE not in job.config.output_spaces:
+        stale += [output_names(scan.path, job.template.space).native for scan in outcome.done]
+    for path in stale:
         with suppress(OSError):
-            (job.config.output_dir / output_names(scan.path, job.template.space).qc).unlink()
+            (job.config.output_dir / path).unlink()
     about = {
         "Settings": f"log/{job.config.run_uuid}/remix_bids.toml",
         "Template": str(job.template.t1w),
