@@ -231,8 +231,8 @@ def evaluate(args: argparse.Namespace) -> None:
     segmenter = args.segmenter_command or (ATROPOS if args.dice else None)
     if args.labels and not segmenter:
         raise UsageError("--labels are compared with those of a segmenter: add --dice")
-    for file in [manual_labels(args.labels, p) for p in persons if not p.head and args.labels]:
-        if not file.is_file():
+    for person in persons if args.labels else ():
+        if not (file := manual_labels(args.labels, person)).is_file() and not person.head:
             raise UsageError(f"--labels: there is no {file}; use --persons, or leave --labels out")
     if args.template and segmenter:
         raise UsageError(
