@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from remix_bids.cli.app import claim_work_dir, run, with_resources
+from remix_bids.cli.app import run, with_resources
 from remix_bids.cli.parser import parse_args
 from remix_bids.config import RunConfig
 from remix_bids.errors import NothingToDoError, UsageError
 from remix_bids.inputs import Scan, collect_scans
 from remix_bids.naming import output_names
 from remix_bids.resources import parse_memory
+from remix_bids.workflows.base import claim_work_dir
 from tests.bids_skeletons import make_dataset
 
 NAMES = [
@@ -450,7 +451,8 @@ def test_runs_do_not_share_the_intermediate_files_of_a_scan(tmp_path):
     scans = [Scan(path, subject, None, None) for subject, path in images.items()]
     config = RunConfig(Path("/d"), Path("/o"), "participant", work_dir=tmp_path)
     program = (
-        "import sys; from pathlib import Path; from remix_bids.cli.app import claim_work_dir; "
+        "import sys; from pathlib import Path; "
+        "from remix_bids.workflows.base import claim_work_dir; "
         "from remix_bids.config import RunConfig; from remix_bids.inputs import Scan; "
         "scan = Scan(Path('/d/sub-01/anat/sub-01_T1w.nii.gz'), '01', None, None); "
         "config = RunConfig(Path('/d'), Path('/p'), 'participant', work_dir=Path(sys.argv[1])); "

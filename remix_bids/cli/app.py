@@ -14,8 +14,6 @@ status  meaning
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -27,8 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-from zlib import crc32
+from typing import TYPE_CHECKING, Any
 
 from remix_bids import __version__
 from remix_bids.cli.parser import parse_args, read_filters
@@ -90,6 +87,7 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("remix-bids: interrupted", file=sys.stderr, flush=True)
         return 130
+    remove_stale(job, outcome)
     failed_reports = report(job, outcome)
     return conclude(outcome, failed_reports)
 
@@ -300,7 +298,7 @@ def work(job: Job) -> Outcome:
 
     from remix_bids.derivatives import write_dataset_files, write_text
     from remix_bids.reports.boilerplate import write_boilerplate
-    from remix_bids.workflows.base import ROOT, log_dir, renew_missing_outputs
+    from remix_bids.workflows.base import ROOT, claim_work_dir, log_dir, renew_missing_outputs
     from remix_bids.workflows.run import execute
 
     config = job.config
@@ -336,40 +334,20 @@ def work(job: Job) -> Outcome:
         return execute(workflow, config, job.scans)
 
 
-def claim_work_dir(config: RunConfig, scans: Sequence[Scan]) -> IO[bytes]:
-    """Keep other runs from the intermediate files of the same scans, while the file is open.
+def remove_stale(job: Job, outcome: Outcome) -> None:
+    """Remove what earlier runs have left for group table and page, and what is no longer so."""
+    from remix_bids.naming import output_names
 
-    They would put theirs in their place: one run would write what the other has computed.
-
-    Raises
-    ------
-    UsageError
-        Another run has claimed one of the scans, or, with ``--clean-workdir``, any.
-    """
-    from remix_bids.naming import workflow_name
-
-    config.work_dir.mkdir(parents=True, exist_ok=True)
-    file = (config.work_dir / ".remix_bids.lock").open("ab")
-    try:
-        if config.clean_workdir:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for scan in scans:  # a byte each, of a file that stays empty
-            name = f"sub-{scan.subject} {workflow_name(scan.path)}"
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, crc32(name.encode()))
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise UsageError(
-                f"another run is at work in {config.work_dir}, on the same scans or with "
-                "--clean-workdir; wait for it, or give this one a folder of its own (-w)"
-            ) from None
-        LOGGER.warning("%s cannot be locked: %s", file.name, error)  # some file systems
-    return file
+    stale = [output_names(scan.path, job.template.space).qc for scan in outcome.failed]
+    if NATIVE not in job.config.output_spaces:
+        stale += [output_names(scan.path, job.template.space).native for scan in outcome.done]
+    for path in stale:
+        with suppress(OSError):
+            (job.config.output_dir / path).unlink()
 
 
 def report(job: Job, outcome: Outcome) -> list[str]:
     """Rebuild the page of every subject; return those that could not be built."""
-    from remix_bids.naming import output_names
     from remix_bids.reports.individual import note_done
     from remix_bids.workflows.base import log_dir
 
@@ -379,13 +357,6 @@ def report(job: Job, outcome: Outcome) -> list[str]:
             note_done(log_dir(job.config, subject), done)
         except OSError as error:  # must not hide the result of the run
             LOGGER.error("sub-%s: cannot note what was done: %s", subject, error)
-    # Of earlier runs: the group table would tell, and the page would show, what is no longer so.
-    stale = [output_names(scan.path, job.template.space).qc for scan in outcome.failed]
-    if NATIVE not in job.config.output_spaces:
-        stale += [output_names(scan.path, job.template.space).native for scan in outcome.done]
-    for path in stale:
-        with suppress(OSError):
-            (job.config.output_dir / path).unlink()
     about = {
         "Settings": f"log/{job.config.run_uuid}/remix_bids.toml",
         "Template": str(job.template.t1w),

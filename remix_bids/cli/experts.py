@@ -39,7 +39,6 @@ def harvest(args: argparse.Namespace) -> None:
     from remix_bids.harvest import SUFFIXES, geometries_from_bids, geometries_from_records
     from remix_bids.simulation.acquisition import save_bank
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.source.is_file():
         if args.derivatives or args.suffix or args.licence:
             raise UsageError(
@@ -190,7 +189,7 @@ def _named_commands(options: list[str]) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
-    from remix_bids.evaluation.cases import cases, geometries, with_every_expert
+    from remix_bids.evaluation.cases import cases, with_every_expert
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.run import manual_labels
@@ -198,6 +197,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.table import best_back_projection
     from remix_bids.experts.registry import load_registry
     from remix_bids.registration.affine import Templates
+    from remix_bids.simulation.acquisition import geometries
     from remix_bids.training.dataset import load_persons
 
     if unknown := set(args.methods or ()) - set(METHODS):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from remix_bids.errors import UsageError
 from remix_bids.experts.registry import effective_voxel_volume
 from remix_bids.simulation.acquisition import (
     CLASS_RANGES,
     Acquisition,
     Geometry,
     draw_shape,
-    load_bank,
+    geometries,
     place,
 )
 from remix_bids.training.dataset import COARSE_CLASSES, Person
@@ -89,22 +87,6 @@ class Case:
         low, high = CLASS_RANGES[self.drawn]
         bank = geometries(self.bank, held_out=self.held_out)
         return [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
-
-
-@lru_cache
-def geometries(bank: Path | None, *, held_out: bool) -> list[Geometry]:
-    """The geometries of a bank (the shipped one by default) that are, or are not, held out.
-
-    Raises
-    ------
-    UsageError
-        If there are none.
-    """
-    found = [g for g in load_bank(bank) if g.held_out == held_out]
-    if not found:
-        which = "is held out" if held_out else "is left to choose on"
-        raise UsageError(f"{bank}: no geometry {which}; harvest more persons")
-    return found
 
 
 def cases(

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from remix_bids.evaluation.cases import geometries
 from remix_bids.evaluation.metrics import correlation, eroded, psnr
 from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.evaluation.table import bootstrap_interval, by_person
 from remix_bids.experts.registry import Registry, effective_voxel_volume, voxel_volume
-from remix_bids.simulation.acquisition import Geometry, place, to_working_grid
+from remix_bids.simulation.acquisition import Geometry, geometries, place, to_working_grid
 from remix_bids.spatial import coverage
 from remix_bids.training.dataset import Person, crop_to_foreground
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -190,12 +190,29 @@ def load_bank(path: Path | None = None) -> list[Geometry]:
     ]
 
 
+@lru_cache
+def geometries(bank: Path | None = None, *, held_out: bool) -> list[Geometry]:
+    """The geometries of a bank (the shipped one by default) that are, or are not, held out.
+
+    Raises
+    ------
+    UsageError
+        If there are none.
+    """
+    found = [g for g in load_bank(bank) if g.held_out == held_out]
+    if not found:
+        why = "no geometry is held out" if held_out else "all of its persons are held out"
+        raise UsageError(f"{bank} cannot be used for this: {why}; harvest more persons")
+    return found
+
+
 def _as_tuples(matrix: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(line) for line in matrix)
 
 
 def save_bank(geometries: Sequence[Geometry], path: Path) -> None:
     """Write a bank, one geometry a line so that differences can be read."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     told = [asdict(g) for g in geometries]
     for row in told:
         if row["world"] is None:

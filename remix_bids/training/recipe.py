@@ -23,7 +23,7 @@ from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import reference_output
 from remix_bids.experts.registry import GENERAL, ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import CLASS_RANGES, load_bank
+from remix_bids.simulation.acquisition import CLASS_RANGES, geometries
 from remix_bids.training import team
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
@@ -148,11 +148,7 @@ def run_recipe(
     if unknown := set(only or ()) - set(stages):
         names = ", ".join(sorted(unknown))
         raise UsageError(f"--stage {names}: {recipe_file} holds {', '.join(stages)}")
-    geometries = [g for g in load_bank(bank) if not g.held_out]
-    if not geometries:
-        raise UsageError(
-            f"{bank} holds no geometry to train on: all of its persons are held out; harvest more"
-        )
+    own_bank = geometries(bank, held_out=False)
     device = team.join(device)
     if workers is None:
         workers = 1 if device == "cpu" else 0
@@ -161,7 +157,7 @@ def run_recipe(
     unseen = load_persons(prepared, "validation", simulates)
     mask = np.load(prepared / "strip_mask.npy", allow_pickle=False)
     common = {
-        "bank": geometries,
+        "bank": own_bank,
         "strip_mask": torch.from_numpy(mask).to(simulates),
         "patch": data["patch"],
         "cube": data["cube"],

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from zlib import crc32
 
 import nibabel as nb
 from nipype import Workflow
 
 import remix_bids
 from remix_bids.config import RunConfig
-from remix_bids.errors import GraphError
+from remix_bids.errors import GraphError, UsageError
 from remix_bids.inputs import Scan
 from remix_bids.interfaces.bids import DerivativesSink, is_as_written
 from remix_bids.naming import check_collisions, output_names, workflow_name
 from remix_bids.templates import Template
 from remix_bids.workflows.anatomical import init_anat_remix_wf
+
+LOGGER = logging.getLogger("remix_bids")
 
 
 def _digest_of_code() -> str:
@@ -160,6 +166,35 @@ def bids_uri(path: Path, bids_dir: Path) -> str:
     if not path.is_relative_to(bids_dir):  # one of the two goes through a link
         path, bids_dir = path.parent.resolve() / path.name, bids_dir.resolve()
     return f"bids:raw:{path.relative_to(bids_dir).as_posix()}"
+
+
+def claim_work_dir(config: RunConfig, scans: Sequence[Scan]) -> IO[bytes]:
+    """Keep other runs from the intermediate files of the same scans, while the file is open.
+
+    They would put theirs in their place: one run would write what the other has computed.
+
+    Raises
+    ------
+    UsageError
+        Another run has claimed one of the scans, or, with ``--clean-workdir``, any.
+    """
+    config.work_dir.mkdir(parents=True, exist_ok=True)
+    file = (config.work_dir / ".remix_bids.lock").open("ab")
+    try:
+        if config.clean_workdir:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for scan in scans:  # a byte each, of a file that stays empty
+            name = f"sub-{scan.subject} {workflow_name(scan.path)}"
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, crc32(name.encode()))
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise UsageError(
+                f"another run is at work in {config.work_dir}, on the same scans or with "
+                "--clean-workdir; wait for it, or give this one a folder of its own (-w)"
+            ) from None
+        LOGGER.warning("%s cannot be locked: %s", file.name, error)  # some file systems
+    return file
 
 
 def renew_missing_outputs(workflow: Workflow) -> None:

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,15 +25,16 @@ import networkx
 from nipype import config, logging
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
+from remix_bids.errors import RemixError
+
 KILLED = (
     "The process that ran node {node} was killed{how}. Most often the system ran out of memory: "
     "give the run more memory, or use --low-mem or a smaller --nprocs.\n"
 )
 
 HOLES = (
-    "remix_bids.errors.RemixError: {node} lacks intermediate files that an earlier run has left; "
-    "was the working folder moved, or cleaned? What is broken in it was removed: run the same "
-    "again.\n"
+    "{node} lacks intermediate files that an earlier run has left; was the working folder moved, "
+    "or cleaned? What is broken in it was removed: run the same again."
 )
 
 
@@ -99,13 +99,13 @@ class RemixMultiProcPlugin(MultiProcPlugin):
         node = self.procs[jobid]
         try:
             node.is_cached()
-        except Exception:
+        except Exception as cause:
             for earlier in graph.predecessors(node):
-                try:
-                    assert earlier.result.outputs is not None
-                except Exception:
+                if not _can_be_read(earlier):
                     shutil.rmtree(earlier.output_dir(), ignore_errors=True)
-            trace = [*traceback.format_exception(*sys.exc_info()), HOLES.format(node=node.fullname)]
+            error = RemixError(HOLES.format(node=node.fullname))
+            error.__cause__ = cause
+            trace = traceback.format_exception(error)
             self._run_errors.append(trace)
             self._clean_queue(jobid, graph, result={"result": None, "traceback": trace})
             self.proc_pending[jobid] = False
@@ -192,6 +192,14 @@ class RemixMultiProcPlugin(MultiProcPlugin):
             for process in processes.values():
                 process.terminate()
         self._idle, self._busy = [], {}
+
+
+def _can_be_read(node: Any) -> bool:
+    """Whether an earlier run has left the outputs of a node, and all of their files."""
+    try:
+        return node.result.outputs is not None
+    except Exception:  # Nipype raises many kinds for what is broken
+        return False
 
 
 def _end_groups(processes: dict[int, Any]) -> None:
