@@ -90,6 +90,30 @@ def begin_with(network: ResidualUNet, weights: dict[str, Tensor]) -> None:
     network.load_state_dict(grown)
 
 
+def mean_weights(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Mean of the weights of networks that have gone different ways from one start.
+
+    What an expert has learned of its class, and another network of all of them, mostly stays in
+    their mean.
+
+    Raises
+    ------
+    UsageError
+        If their shapes differ.
+
+    References
+    ----------
+    Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022.
+    """
+    networks = [load_file(str(file)) for file in files]
+    if len({tuple((name, w.shape) for name, w in sorted(n.items())) for n in networks}) > 1:
+        names = ", ".join(str(file) for file in files)
+        raise UsageError(f"a stage can only start from networks of the same widths: {names}")
+    return {
+        name: torch.stack([n[name].float() for n in networks]).mean(dim=0) for name in networks[0]
+    }
+
+
 def loss_of(weights: Path) -> RemixLoss:
     """The loss that weights were trained with, so that the next stage goes on with it.
 
@@ -105,6 +129,20 @@ def loss_of(weights: Path) -> RemixLoss:
             "calibrate = true in the recipe"
         )
     return RemixLoss(tuple(factors))
+
+
+def _starts(stage: str, settings: dict[str, Any], output: Path) -> list[Path]:
+    """Weights that a stage begins with: of one stage, of several, or none."""
+    names = settings.get("start", [])
+    starts = []
+    for name in [names] if isinstance(names, str) else names:
+        starts.append(output / name / "best.safetensors")
+        if not starts[-1].is_file():
+            raise UsageError(
+                f"stage {stage} begins with {name}, and there is no {starts[-1]}: train that stage "
+                "first"
+            )
+    return starts
 
 
 def run_recipe(
@@ -188,21 +226,16 @@ def run_recipe(
             unseen, class_weights=weights, seed=data["seed"] + 7, **common
         ).for_validation(data["seed"] + 7)
         torch.manual_seed(data["seed"])
+        starts = _starts(stage, settings, output)
         widths, loss = recipe["network"]["widths"], None
-        if "start" in settings:
-            start = output / settings["start"] / "best.safetensors"
-            if not start.is_file():
-                raise UsageError(
-                    f"stage {stage} begins with {settings['start']}, and there is no {start}: "
-                    "train that stage first"
-                )
-            widths = read_metadata(start, "network")["widths"]
+        if starts:
+            widths = read_metadata(starts[0], "network")["widths"]
         widths = settings.get("widths", widths)
         network = ResidualUNet(recipe["network"]["inputs"], tuple(widths))
-        if "start" in settings:
-            begin_with(network, load_file(str(start)))
+        if starts:
+            begin_with(network, mean_weights(starts))
             if not settings.get("calibrate", False):
-                loss = loss_of(start)
+                loss = loss_of(starts[0])
         LOGGER.info("stage %s: %d steps, classes %s", stage, schedule.steps, weights)
         train(network, simulator, validation, schedule, output / stage, device=device, loss=loss)
 
