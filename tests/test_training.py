@@ -537,6 +537,26 @@ def test_stages_take_their_width_from_their_start_and_their_patches_from_the_rec
         assert read_metadata(out / name / "checkpoint.safetensors", "progress")["step"] == 1
 
 
+def test_a_stage_begins_with_the_mean_of_several(prepared, tmp_path):
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    for name, widths in (("a", (4, 8, 8)), ("b", (4, 8, 8)), ("wide", (4, 8, 16))):
+        (out / name).mkdir(parents=True)
+        network = ResidualUNet(6, widths)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter)
+        save_network(network, out / name / "best.safetensors", loss_factors=[1.0] * 4)
+    stage = "steps = 1\nvolumes_per_round = 1\nvalidation_volumes = 1\nrate = 0.0\n"
+    text = recipe.read_text() + f'[stages.6]\n{stage}start = ["a", "b"]\n'
+    recipe.write_text(text + f'[stages.7]\n{stage}start = ["a", "wide"]\n')
+    run_recipe(recipe, prepared, out, only=["6"], workers=0)
+    a, b, six = (load_file(str(out / name / "best.safetensors")) for name in ("a", "b", "6"))
+    for name, weight in six.items():
+        mean = (a[name].float() + b[name].float()) / 2
+        torch.testing.assert_close(weight.float(), mean, rtol=1e-3, atol=1e-3)
+    with pytest.raises(UsageError, match=r"same widths: .*a.*wide"):
+        run_recipe(recipe, prepared, out, only=["7"], workers=0)
+
+
 def test_what_training_lacks_is_told(prepared, tmp_path, capsys):
     """One sentence and exit code 2, whatever is missing, and no folder for a stage."""
     everybody = tmp_path / "bank.json"
@@ -562,7 +582,8 @@ def test_the_shipped_recipe_is_whole():
     recipe = tomllib.loads((ROOT / "remix_bids" / "data" / "recipe.toml").read_text())
     before: set[str] = set()
     for name, settings in recipe["stages"].items():
-        assert settings.get("start", name) in before | {name}
+        start = settings.get("start", name)
+        assert {start} if isinstance(start, str) else {*start} <= before | {name}
         assert ("start" in settings) == bool(before)
         Schedule(**{k: v for k, v in settings.items() if k not in NOT_OF_SCHEDULE})
         assert sum(class_weights(name, settings, 1.0)) > 0
