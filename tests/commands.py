@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -30,3 +31,17 @@ def assert_valid(dataset):
     """The real BIDS validator finds no error (it says so with its exit status)."""
     done = run("bids-validator-deno", "--ignoreWarnings", dataset)
     assert done.returncode == 0, done.stdout
+
+
+def has_ended(pid, within=10):
+    """Whether a process ends within so many seconds, by ``/proc``: it may be nobody's child."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False

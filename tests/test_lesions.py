@@ -1,6 +1,8 @@
 """Lesions and gates by identities: what nothing is lost of is kept, what is known comes back."""
 
 import hashlib
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank
 from remix_bids.spatial import WORKING_GRID
 from remix_bids.training.trainer import save_network
+from tests.commands import has_ended, run
 
 
 def ball(shape, radius):
@@ -318,3 +321,19 @@ def test_rows_that_were_there_stay_until_they_are_written_again(tmp_path):
         write_rows(tmp_path / "rows.tsv", killed(), rows)
     assert (tmp_path / "rows.tsv").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["rows.tsv"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks in /proc, which only Linux has")
+def test_a_killed_evaluation_ends_its_processes(prepared, tmp_path):
+    """They would go on with their case, and then wait for another one for ever."""
+    folder, experts = prepared
+    args = ["evaluate", folder, tmp_path / "rows.tsv", "--classes", "4", "--geometries", "1"]
+    args += ["--experts-dir", experts, "--methods", "linear", "--noise", 0, "--method-command"]
+    script = tmp_path / "killer.sh"  # of what started the process that starts it
+    script.write_text(
+        f"echo $PPID > {tmp_path}/pid\nkill $(cut -d ' ' -f 4 /proc/$PPID/stat)\nsleep 20\n"
+    )
+    done = run("remix-experts", *args, f"killer=sh {script} {{input}} {{output}}")
+    assert done.returncode == 128 + signal.SIGTERM
+    assert has_ended(int((tmp_path / "pid").read_text()))

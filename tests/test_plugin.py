@@ -15,6 +15,7 @@ from remix_bids.config import RunConfig
 from remix_bids.inputs import Scan
 from remix_bids.workflows.plugin import HOLES, RemixMultiProcPlugin
 from remix_bids.workflows.run import _outcome, explain
+from tests.commands import has_ended
 
 
 def kill_self(value):
@@ -133,22 +134,11 @@ def test_a_hole_in_the_working_folder_costs_one_branch_and_is_mended(tmp_path):
     assert made.exists()
 
 
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks in /proc, which only Linux has")
 def test_children_of_a_killed_worker_end_with_it(tmp_path):
     run(build(tmp_path, kill_self_leaving_a_child))
     pid = int((tmp_path / "work/wf/child.txt").read_text())
-    until = time.monotonic() + 10
-    while is_running(pid) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert not is_running(pid)
+    assert has_ended(pid)
 
 
 def test_a_scan_that_failed_is_not_done_whatever_the_plugin_raises(tmp_path):

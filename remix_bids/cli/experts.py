@@ -6,11 +6,15 @@ import argparse
 import csv
 import hashlib
 import logging
+import multiprocessing
 import shutil
+import signal
 import sys
 import tomllib
 from importlib import resources
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from remix_bids import __version__
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
@@ -475,8 +479,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _end_workers(number: int, frame: FrameType | None) -> NoReturn:
+    """End what works for us, too: it would go on, and then wait for more for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.exit(128 + number)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    signal.signal(signal.SIGTERM, _end_workers)  # scancel, timeout, kill
     args = get_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
