@@ -57,6 +57,7 @@ from remix_bids.training.trainer import (
     State,
     batches,
     forward_parts,
+    is_finished,
     read_metadata,
     save_network,
     train,
@@ -545,10 +546,11 @@ def test_a_stage_begins_with_the_mean_of_several(prepared, tmp_path):
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter)
         save_network(network, out / name / "best.safetensors", loss_factors=[1.0] * 4)
-    stage = "steps = 1\nvolumes_per_round = 1\nvalidation_volumes = 1\nrate = 0.0\n"
+    stage = "steps = 0\nvalidation_volumes = 1\n"
     text = recipe.read_text() + f'[stages.6]\n{stage}start = ["a", "b"]\n'
     recipe.write_text(text + f'[stages.7]\n{stage}start = ["a", "wide"]\n')
     run_recipe(recipe, prepared, out, only=["6"], workers=0)
+    assert is_finished(out / "6", Schedule(steps=0))
     a, b, six = (load_file(str(out / name / "best.safetensors")) for name in ("a", "b", "6"))
     for name, weight in six.items():
         mean = (a[name].float() + b[name].float()) / 2

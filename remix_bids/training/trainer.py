@@ -41,7 +41,7 @@ TYPICAL = 0.06
 class Schedule:
     """Hyper-parameters of one stage."""
 
-    steps: int
+    steps: int  # none: the start itself, such as the mean of two stages
     rate: float = 5e-4  # peak; the stages after the first take half of it
     batch: int = 2  # patches, of each process
     warmup: int = 100  # steps
@@ -354,12 +354,11 @@ def train(
             writer.writerow(["step", "rate", "loss", *PARTS, "validation_gain_db"])
             if team.LEADS:  # what a stage begins with may be better than all that follows
                 validate(0.0, [math.nan] * (1 + len(PARTS)))
+                state.save(checkpoint)
         recent: list[Tensor] = []  # read at validation: until then a GPU need not be waited for
         quiet = not (progress and team.LEADS)
         bar = tqdm(total=schedule.steps, initial=state.step, desc=folder.name, disable=quiet)
-        for batch in stream:
-            if state.step >= schedule.steps:
-                break
+        for batch in islice(stream, schedule.steps - state.step):
             rate = schedule.rate_at(state.step)
             for group in state.optimiser.param_groups:
                 group["lr"] = rate
