@@ -41,7 +41,7 @@ TYPICAL = 0.06
 class Schedule:
     """Hyper-parameters of one stage."""
 
-    steps: int  # none: the start itself, such as the mean of two stages
+    steps: int  # 0: the start itself, such as the mean of two stages
     rate: float = 5e-4  # peak; the stages after the first take half of it
     batch: int = 2  # patches, of each process
     warmup: int = 100  # steps
