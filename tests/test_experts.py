@@ -1,7 +1,6 @@
 """Network, gate and inference."""
 
 import hashlib
-import tomllib
 
 import numpy as np
 import pytest
@@ -164,10 +163,7 @@ def test_shipped_experts_load_and_are_trained():
     assert sum(r.path.stat().st_size for r in registry) < 60e6
     weights = {record.name: load_expert(record).out.weight.detach().numpy() for record in registry}
     assert all(np.abs(w).max() > 1e-4 for w in weights.values())  # zero is the identity
-    # A stage that found nothing better than its start keeps it: such experts may be alike.
-    table = tomllib.loads((registry["1"].path.parent / "experts.toml").read_text())["expert"]
-    own = [w.tobytes() for name, w in weights.items() if table[name]["steps"] > 0]
-    assert len(set(own)) == len(own) == 8
+    assert len({w.tobytes() for w in weights.values()}) == 8
 
 
 def expert_file(folder, **changes):
