@@ -10,13 +10,17 @@ BIN = Path(sys.executable).parent
 
 
 def run(name, *args, **environ):
-    """Run a console script beside this Python; show what it said when a test fails."""
+    """Run a console script beside this Python; show what it said when a test fails.
+
+    One that hangs, or leaves processes that hold its output, fails in the end.
+    """
     done = subprocess.run(
         [BIN / name, *map(str, args)],
         capture_output=True,
         text=True,
         env={**os.environ, **{key: str(value) for key, value in environ.items()}},
         check=False,
+        timeout=1200,
     )
     print("$", name, *args, f"-> {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

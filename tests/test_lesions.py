@@ -325,15 +325,19 @@ def test_rows_that_were_there_stay_until_they_are_written_again(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks in /proc, which only Linux has")
-def test_a_killed_evaluation_ends_its_processes(prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "status"), [("TERM", 128 + signal.SIGTERM), ("INT", 128 + signal.SIGINT), ("KILL", -9)]
+)
+def test_a_killed_evaluation_ends_its_processes(prepared, tmp_path, how, status):
     """They would go on with their case, and then wait for another one for ever."""
     folder, experts = prepared
     args = ["evaluate", folder, tmp_path / "rows.tsv", "--classes", "4", "--geometries", "1"]
     args += ["--experts-dir", experts, "--methods", "linear", "--noise", 0, "--method-command"]
     script = tmp_path / "killer.sh"  # of what started the process that starts it
     script.write_text(
-        f"echo $PPID > {tmp_path}/pid\nkill $(cut -d ' ' -f 4 /proc/$PPID/stat)\nsleep 20\n"
+        f"echo $PPID $$ > {tmp_path}/pids\n"
+        f"kill -{how} $(cut -d ' ' -f 4 /proc/$PPID/stat)\nsleep 600\n"
     )
     done = run("remix-experts", *args, f"killer=sh {script} {{input}} {{output}}")
-    assert done.returncode == 128 + signal.SIGTERM
-    assert has_ended(int((tmp_path / "pid").read_text()))
+    assert done.returncode == status
+    assert all(has_ended(int(pid)) for pid in (tmp_path / "pids").read_text().split())

@@ -1,7 +1,9 @@
 """A killed worker must cost one node, not the run."""
 
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +37,20 @@ def kill_self_leaving_a_child(value):
     with open("../child.txt", "w") as file:
         file.write(str(child.pid))
     os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
+def kill_the_run(value):
+    import multiprocessing
+    import os
+    import signal
+    import subprocess
+
+    child = subprocess.Popen(["sleep", "600"])
+    with open("../pids.txt", "w") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+    child.wait()
     return value
 
 
@@ -89,6 +105,10 @@ def run(workflow, **plugin_args):
     return plugin, graph, error, time.monotonic() - start
 
 
+def run_until_killed(tmp_path):
+    run(build(tmp_path, kill_the_run))
+
+
 @pytest.mark.parametrize(("bad", "how"), [(kill_self, "signal 9"), (leave, "exit status 3")])
 def test_killed_worker(tmp_path, bad, how):
     plugin, _, error, seconds = run(build(tmp_path, bad))
@@ -139,6 +159,17 @@ def test_children_of_a_killed_worker_end_with_it(tmp_path):
     run(build(tmp_path, kill_self_leaving_a_child))
     pid = int((tmp_path / "work/wf/child.txt").read_text())
     assert has_ended(pid)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks in /proc, which only Linux has")
+def test_workers_of_a_killed_run_end_with_it(tmp_path):
+    """They would keep their memory, and wait for another node for ever."""
+    spawn = multiprocessing.get_context("spawn")
+    killed = spawn.Process(target=run_until_killed, args=(tmp_path,))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL
+    assert all(has_ended(int(pid)) for pid in (tmp_path / "work/wf/pids.txt").read_text().split())
 
 
 def test_a_scan_that_failed_is_not_done_whatever_the_plugin_raises(tmp_path):

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from remix_bids import __version__
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
+from remix_bids.workers import end_groups
 
 CLASSES = list(range(1, 8))
 
@@ -480,15 +481,18 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def _end_workers(number: int, frame: FrameType | None) -> NoReturn:
-    """End what works for us, too: it would go on, and then wait for more for ever."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    """End what works for us, too: the end would wait for it, and what it has started go on."""
+    workers = multiprocessing.active_children()
+    end_groups(worker.pid for worker in workers if worker.pid)
+    for worker in workers:
+        worker.kill()  # those of torch lead no group
     sys.exit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    signal.signal(signal.SIGTERM, _end_workers)  # scancel, timeout, kill
+    for number in (signal.SIGTERM, signal.SIGINT):  # scancel, timeout, kill; Ctrl-C
+        signal.signal(number, _end_workers)
     args = get_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -56,6 +56,7 @@ from remix_bids.simulation.acquisition import Acquisition
 from remix_bids.simulation.degrade import restore_grid
 from remix_bids.spatial import Grid, coverage, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
+from remix_bids.workers import lead_a_group
 
 FOREGROUND = 0.05  # of bright tissue
 
@@ -270,7 +271,7 @@ def evaluate(
     done = {row_key(row) for row in kept}
     todo = [case for case in cases if case.key not in done]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(nprocs, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(nprocs, spawn, lead_a_group) as pool:
         try:
             return write_rows(output, pool.map(run_case, todo, repeat(settings)), kept)
         except BrokenProcessPool as error:

@@ -19,6 +19,7 @@ from remix_bids.errors import RemixError, UsageError
 from remix_bids.registration.affine import Templates, register_affine
 from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.spatial import WORKING_GRID, Grid, coverage, index_map, resample
+from remix_bids.workers import lead_a_group
 
 LOGGER = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def prepare(
         mask = resample(mask, index_map(WORKING_GRID, grid), WORKING_GRID.shape, "linear")
         np.save(folder / "strip_mask.npy", (mask > 0.5).numpy())
     left = [name for name in scans if name not in done]
-    with ProcessPoolExecutor(n_procs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(n_procs, get_context("spawn"), lead_a_group) as pool:
         jobs = {
             pool.submit(
                 prepare_person,

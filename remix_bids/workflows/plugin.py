@@ -12,12 +12,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -26,6 +24,7 @@ from nipype import config, logging
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
 from remix_bids.errors import RemixError
+from remix_bids.workers import end_groups, lead_a_group
 
 KILLED = (
     "The process that ran node {node} was killed{how}. Most often the system ran out of memory: "
@@ -40,7 +39,7 @@ HOLES = (
 
 def _start_worker(cwd: str, log_level: int, resource_monitor: bool) -> None:
     """Prepare a fresh worker process (it shares no state with the parent)."""
-    os.setpgid(0, 0)  # what a worker starts can then be ended together with it
+    lead_a_group()
     os.chdir(cwd)
     os.environ["NIPYPE_NO_ET"] = os.environ["NO_ET"] = "1"
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -149,7 +148,7 @@ class RemixMultiProcPlugin(MultiProcPlugin):
         except Exception as error:
             died = isinstance(error, BrokenProcessPool)
             how = _exit_reason(processes) if died else ""
-            _end_groups(processes)
+            end_groups(processes)
             message = KILLED.format(node=name, how=how) if died else f"{error!r}\n"
             result = {
                 "result": None,
@@ -188,7 +187,7 @@ class RemixMultiProcPlugin(MultiProcPlugin):
             slot.shutdown(wait=False, cancel_futures=True)
         for slot in self._busy.values():
             processes = dict(slot._processes or {})
-            _end_groups(processes)
+            end_groups(processes)
             for process in processes.values():
                 process.terminate()
         self._idle, self._busy = [], {}
@@ -200,13 +199,6 @@ def _can_be_read(node: Any) -> bool:
         return node.result.outputs is not None
     except Exception:  # Nipype raises many kinds for what is broken
         return False
-
-
-def _end_groups(processes: dict[int, Any]) -> None:
-    """End all that the processes of a slot have started, such as ANTs."""
-    for pid in processes:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGTERM)
 
 
 def _exit_reason(processes: dict[int, Any], patience: float = 2.0) -> str:

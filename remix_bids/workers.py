@@ -1,0 +1,36 @@
+"""Processes that work for another one end with it, and take along what they have started.
+
+A pool's worker whose parent is gone would finish what it has begun and then wait for more for ever,
+with the memory that it holds: nobody tells it. So every worker watches its parent, and leads a
+process group that can be ended as a whole, such as ANTs or an external command in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from multiprocessing.connection import wait
+
+
+def lead_a_group() -> None:
+    """Make a fresh worker the leader of a process group that ends when its parent does."""
+    os.setpgid(0, 0)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+
+
+def _follow(sentinel: int) -> None:
+    wait([sentinel])
+    os.killpg(0, signal.SIGKILL)
+
+
+def end_groups(leaders: Iterable[int]) -> None:
+    """End the process groups of workers, by their process numbers; some may be gone."""
+    for leader in leaders:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, signal.SIGKILL)
