@@ -2,7 +2,8 @@
 
 A pool's worker whose parent is gone would finish what it has begun and then wait for more for ever,
 with the memory that it holds: nobody tells it. So every worker watches its parent, and leads a
-process group that can be ended as a whole, such as ANTs or an external command in it.
+process group that can be ended as a whole, such as ANTs or an external command in it. (A call that
+does not let other threads run, such as Atropos, is waited for when the parent was killed.)
 """
 
 from __future__ import annotations

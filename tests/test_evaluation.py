@@ -277,6 +277,7 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     often = protocol() | {"geometries_per_person": 7}  # one more than kinds
     todo = cases(people(2), often, [3], [0.0, 0.02])
     assert len({c.key for c in todo}) == len(todo) == 28
+    assert [c.key for c in cases(people(2), often, [3], [0, 0.02])] == [c.key for c in todo]
     rows = measured(todo)
     settings = Settings(often, methods=("cubic", "expert"))
     assert finished(rows, todo, settings) == rows
@@ -288,8 +289,11 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     assert finished(rows[:-1], todo, settings) == rows[:-2]
     assert finished([*rows[:-1], rows[-1] | {"method": None}], todo, settings) == rows[:-2]
     # Dice is asked for, of the first geometries, and was not found yet.
-    left = finished(rows, todo, replace(settings, segmenter="atropos"))
-    assert left == [row for row in rows if row["number"] != "0"]
+    atropos = replace(settings, segmenter="atropos")
+    with pytest.raises(UsageError, match=r"without the Dice .* the first p0, class 3, geometry 0"):
+        finished(rows, todo, atropos)
+    later = [row for row in rows if row["number"] != "0"]
+    assert finished(later, todo, atropos) == later
     # What is there is not run again: these persons have no voxels to run on.
     write_rows(tmp_path / "rows.tsv", [], rows)
     assert evaluate(todo, settings, tmp_path / "rows.tsv") == rows
@@ -319,8 +323,8 @@ def test_manual_classes_are_found_later():
     with pytest.raises(UsageError, match="another segmenter"):
         finished(other, todo, settings)
     assert finished(other, todo, replace(settings, segmenter=None)) == other
-    left = finished(rows, todo, replace(settings, labels=Path("manual")))
-    assert left == [row for row in rows if row["number"] != "0"]
+    with pytest.raises(UsageError, match="without the Dice"):
+        finished(rows, todo, replace(settings, labels=Path("manual")))
 
 
 def test_runs_are_joined():
@@ -330,6 +334,9 @@ def test_runs_are_joined():
     others = [row for row in first if row["method"] == "cubic"]
     assert joined([others, networks]) == first
     assert joined([first, again]) == joined([again, first]) == [*again, *first[2:]]
+    # Other programs are told by their commands, not by the protocol only.
+    program = [row | {"method": "p", "setup": f"{row['setup']}.89abcdef"} for row in others]
+    assert len(joined([first, program])) == 3 * len(todo)
     assert joined([]) == []
 
 
@@ -340,11 +347,14 @@ def test_rows_that_do_not_belong_together_are_not_joined():
     others = [row for row in rows if row["method"] == "cubic"]
     with pytest.raises(UsageError, match="11 of 12 cases lack methods that others have, the first"):
         joined([others, networks[:1]])
-    with pytest.raises(UsageError, match="of the expert 3 are of several sets"):
-        joined([rows, [row | {"setup": "0123abcd"} for row in networks[:3]]])
-    assert joined([[row | {"setup": "0123abcd"} for row in others], networks])
+    rules = others[0]["setup"]
+    for name in ("expert 3", "back-projection in class 3", "cubic"):
+        method = name.split()[0]
+        own = [row | {"method": method, "setup": f"{rules}.01"} for row in others]
+        with pytest.raises(UsageError, match=f"rows of {name} are of several networks"):
+            joined([own, [own[0] | {"setup": f"{rules}.02"}]])
     with pytest.raises(UsageError, match="several protocols"):
-        joined([rows, [row | {"setup": "0123abcd"} for row in others[:3]]])
+        joined([[row | {"setup": "0123abcd"} for row in others], networks])
     with pytest.raises(UsageError, match=r"expert for p0, class 3, geometry 0, .* lacks the Dice"):
         joined([[row | {"dice": "0.9"} for row in (rows[0], *rows[2:])], rows[1:2]])
     with pytest.raises(UsageError, match=r"p0, class 3, geometry 0, .* not the same scan"):
@@ -391,6 +401,17 @@ def test_rows_outlive_experts_that_did_not_make_them(tmp_path):
     assert len({one, two, shipped.setup("expert", "3"), shipped.setup("cubic", "3")}) == 4
 
 
+def test_rows_outlive_iterations_that_did_not_make_them():
+    changed = protocol()
+    changed["back_projection"]["clean"][1] = [99, 1.0]
+    before, after = Settings(protocol()), Settings(changed)
+    for method in METHODS:
+        for klass in "1234567":
+            same = before.setup(method, klass) == after.setup(method, klass)
+            assert same == (method != "back-projection" or klass != "2")
+    assert replace(before, tune=True).setup("1 x 1", "3") != before.setup("cubic", "3")
+
+
 def held(found, part):
     """What was found and whether it holds, of the only claim whose text holds a part."""
     (claim,) = [c for c in found if part in c.text]
@@ -422,6 +443,9 @@ def test_claims_hold_where_they_hold():
     other = [row | {"class": 4 if row["person"] != "p0" else 5} for row in rows()]
     lacking = "2 of 2; class 4 lacks 1 person"
     assert held(claims.claims(other), "linear and cubic in psnr") == (lacking, False)
+    other = [row | {"class": 4 if row["person"] != "p0" else 1} for row in rows()]
+    lacking = "1 of 1; class 4 lacks 1 person"
+    assert held(claims.claims(other), "linear and cubic in psnr") == (lacking, False)
 
 
 def test_claims_of_dice_and_of_heads():
@@ -436,6 +460,11 @@ def test_claims_of_dice_and_of_heads():
     assert held(told, "class 4: Dice gap") == ("60.0%", True)
     assert held(told, "manual classes") == ("1 of 1", True)
     assert held(told, "outside the brain") == ("1.00, cubic 0.50", True)
+    for row in found[: len(METHODS)]:  # of one person, who has no Dice
+        row |= {"dice": "", "dice_floor": "", "dice_manual": "", "head_detail": ""}
+    told = claims.claims(found)
+    assert held(told, "network in Dice") == ("0 of 1, 1 ties; class 4 lacks 1 person", False)
+    assert held(told, "class 4: Dice gap") == ("60.0%; class 4 lacks 1 person", False)
     for row in found:
         row["head_detail"] = 1.1 if row["method"] == SHIPS else 0.5
         row["dice_manual"] = 0.6 if row["method"] == SHIPS else 0.7

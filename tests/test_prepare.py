@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from remix_bids.cli.experts import _coverage
 from remix_bids.errors import RemixError, UsageError
 from remix_bids.registration.affine import Templates
 from remix_bids.training.prepare import prepare
@@ -26,6 +27,13 @@ def test_who_is_named_later_is_not_trained_on(tmp_path):
     # Those of another dataset in the same folder are not asked for, and keep theirs.
     prepare({"c": scans["c"]}, templates, tmp_path, validation=[], held_out=["c"])
     assert splits(tmp_path) == {"a": "validation", "b": "held_out", "c": "held_out", "d": "train"}
+
+
+def test_who_is_stripped_is_told_by_a_column_or_found_out(tmp_path):
+    table = tmp_path / "participants.tsv"
+    assert _coverage(table) == {}
+    table.write_text("participant_id\tcoverage\nsub-a\tbrain\nsub-b\thead, defaced\nsub-c\tn/a\n")
+    assert _coverage(table) == {"a": True, "b": False}
 
 
 def test_another_person_of_the_same_label_is_told(tmp_path):

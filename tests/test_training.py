@@ -579,6 +579,17 @@ def test_what_training_lacks_is_told(prepared, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["recipe.toml"]
 
 
+def test_persons_too_coarse_for_a_class_are_told(prepared, tmp_path):
+    persons = json.loads((prepared / "persons.json").read_text())
+    for person in persons["persons"]:
+        person["voxel_sizes"] = [1.25, 1.25, 1.25]
+    (prepared / "persons.json").write_text(json.dumps(persons))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("[0, 0, 0, 0, 1,", "[0, 1, 0, 0, 1,"))
+    with pytest.raises(UsageError, match=r"'trunk' draws class 2, .*'train' .* too coarse"):
+        run_recipe(recipe, prepared, tmp_path / "out", only=["trunk"], workers=0)
+
+
 def test_the_shipped_recipe_is_whole():
     """Every stage has settings that exist, begins with one before it, and the experts ship."""
     recipe = tomllib.loads((ROOT / "remix_bids" / "data" / "recipe.toml").read_text())

@@ -35,7 +35,7 @@ def _coverage(table: Path) -> dict[str, bool]:
         return {
             row["participant_id"].removeprefix("sub-"): row["coverage"].startswith("brain")
             for row in csv.DictReader(file, delimiter="\t")
-            if row.get("coverage")
+            if row.get("coverage") not in (None, "", "n/a")
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from remix_bids.simulation.acquisition import (
     geometries,
     place,
 )
-from remix_bids.training.dataset import COARSE_CLASSES, Person
+from remix_bids.training.dataset import Person
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,12 @@ class Case:
     kind : str
         Of geometry, as the protocol names it.
     number : int
-        Of this person's geometries in the class; the first one is segmented.
+        Of this person's geometries in the class.
     seed : tuple of int
     noise : float
+    segmented : bool
+        Whether Dice is found if it is asked for: on the first geometry, and where an expert would
+        have none of the person.
     bank : Path, optional
         Where geometries come from; the shipped bank by default.
     """
@@ -47,6 +50,7 @@ class Case:
     number: int
     seed: tuple[int, ...]
     noise: float
+    segmented: bool
     bank: Path | None = None
 
     @property
@@ -102,15 +106,17 @@ def cases(
     """
     kinds = protocol["kinds"]
 
-    def seed(person: Person, *where: int) -> tuple[int, ...]:
-        """Another one where choices are made than where they are reported."""
-        return (protocol["seed"], *where, *([] if person.split == "held_out" else [1]))
+    def case(person: Person, i: int, k: int, j: int, sigma: float) -> Case:
+        chosen_on = () if person.split == "held_out" else (1,)  # others than what is reported
+        seed = (protocol["seed"], i, k, j, *chosen_on)
+        kind = kinds[(i + k + j) % len(kinds)]
+        return Case(person, k, kind, j, seed, sigma, segmented=j == 0, bank=bank)
 
     return [
-        Case(person, k, kinds[(i + k + j) % len(kinds)], j, seed(person, i, k, j), sigma, bank)
+        case(person, i, k, j, float(sigma))
         for k in classes
         for i, person in enumerate(persons)
-        if not person.coarse or k in COARSE_CLASSES
+        if person.serves(k)
         for j in range(protocol["geometries_per_person"])
         for sigma in noise
     ]
@@ -135,5 +141,5 @@ def with_every_expert(
         key = case.person.name, case.noise, expert(case.acquisition().volume)
         if key not in served:
             served.add(key)
-            added.append(case)
+            added.append(replace(case, segmented=True))
     return [*chosen, *added]

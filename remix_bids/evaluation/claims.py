@@ -49,22 +49,22 @@ def _better(rows: Sequence[dict], metric: str, bases: Sequence[str], k: int) -> 
     return all(min(gain) > 0 and bootstrap_interval(gain)[0] > 0 for gain in gains)
 
 
+def _persons(rows: Sequence[dict], k: int, column: str = "class") -> set[str]:
+    return {row["person"] for row in rows if int(row[column]) == k}
+
+
 def _lacking(rows: Sequence[dict], k: int) -> int:
     """Persons with geometries drawn in a class, all of which the gate has sent to another."""
-    drawn, there = (
-        {row["person"] for row in rows if int(row[key]) == k} for key in ("drawn", "class")
-    )
-    return len(drawn - there)
+    return len(_persons(rows, k, "drawn") - _persons(rows, k))
 
 
-def _where_all(
-    rows: Sequence[dict], holds: Callable[[int], bool], classes: Sequence[int]
-) -> tuple[str, bool]:
-    """`_where` for what must be so of every person."""
-    told, good = _where(holds, classes)
-    lacking = {k: n for k in classes if (n := _lacking(rows, k))}
-    notes = [f"class {k} lacks {n} {'person' if n == 1 else 'persons'}" for k, n in lacking.items()]
-    return "; ".join([told, *notes]), good and not lacking
+def _with_all(found: tuple[str, bool], lacking: dict[int, int]) -> tuple[str, bool]:
+    """A finding that asks for every person, and how many of them classes lack."""
+    told, good = found
+    notes = [
+        f"class {k} lacks {n} {'person' if n == 1 else 'persons'}" for k, n in lacking.items() if n
+    ]
+    return "; ".join([told, *notes]), good and not notes
 
 
 def _mean(gain: Sequence[float]) -> float:
@@ -86,16 +86,17 @@ def _of_class_1(rows: Sequence[dict]) -> Iterator[Claim]:
 
 
 def _of_fidelity(rows: Sequence[dict], noisy: bool) -> Iterator[Claim]:
-    """``rows``: those of classes that are to gain."""
-    classes = classes_of(rows)
+    """Of the classes that are to gain."""
+    classes = [k for k in classes_of(rows) if k > 1]
     named = _named(classes)
+    lacking = {k: _lacking(rows, k) for k in classes}
     for metric in ("psnr", "ssim", "correlation"):
         better = partial(_better, rows, metric, ("linear", "cubic"))
-        found = _where_all(rows, better, classes)
+        found = _with_all(_where(better, classes), lacking)
         text = f"better than linear and cubic in {metric}, every person, interval above 0"
         yield Claim(f"{named}: {text}", *found)
     for profile, least in ABOVE_CUBIC.items():
-        own = [row for row in rows if row["profile"] == profile]
+        own = [row for row in rows if row["profile"] == profile and int(row["class"]) > 1]
         if own:  # every class counts alike, however many of its scans have the profile
             gain = _mean([_mean(paired_gain(own, "psnr", "cubic", k)) for k in classes_of(own)])
             text = f"{_named(classes_of(own))}, {profile} profile: PSNR above cubic by {least} dB"
@@ -118,8 +119,8 @@ def _of_experts(rows: Sequence[dict]) -> Iterator[Claim]:
     yield Claim(text, found, len(better) >= least)
 
 
-def _of_dice(rows: Sequence[dict]) -> Iterator[Claim]:
-    """``rows``: those that were segmented."""
+def _of_dice(rows: Sequence[dict], lacking: dict[int, int]) -> Iterator[Claim]:
+    """``rows``: those that were segmented; ``lacking``: persons of a class that were not."""
     classes = classes_of(rows)
 
     def dice(method: str, k: int, metric: str = "dice") -> float:
@@ -131,19 +132,21 @@ def _of_dice(rows: Sequence[dict]) -> Iterator[Claim]:
     wanted = max(1, len(classes) - 1)
     text = f"better than the general network in Dice in {wanted} of {len(classes)} classes"
     told = f"{len(better)} of {len(classes)}, {len(ties)} ties"
-    yield Claim(text, told, len(better) >= wanted)
+    yield Claim(text, *_with_all((told, len(better) >= wanted), lacking))
     for k, least in GAP_CLOSED.items():
         if k in classes:
             low, floor = dice("linear", k), dice("linear", k, "dice_floor")
             closed = (dice(SHIPS, k) - low) / (floor - low)
             text = f"class {k}: Dice gap from linear to the segmenter's floor closed by {least:.0%}"
-            yield Claim(text, f"{closed:.1%}", closed >= least)
+            found = f"{closed:.1%}", closed >= least
+            yield Claim(text, *_with_all(found, {k: lacking[k]}))
     if all(row["dice_manual"] not in (None, "") for row in rows):
 
         def not_below(k: int) -> bool:
             return dice(SHIPS, k, "dice_manual") >= dice("linear", k, "dice_manual")
 
-        yield Claim("Dice with the manual classes not below linear", *_where(not_below, classes))
+        found = _with_all(_where(not_below, classes), lacking)
+        yield Claim("Dice with the manual classes not below linear", *found)
 
 
 def _of_heads(rows: Sequence[dict]) -> Iterator[Claim]:
@@ -160,14 +163,16 @@ def _of_heads(rows: Sequence[dict]) -> Iterator[Claim]:
 def claims(rows: Sequence[dict]) -> list[Claim]:
     """Every claim that rows of one noise level can decide."""
     noisy = float(rows[0]["noise"]) > 0
-    rest = [row for row in rows if int(row["class"]) > 1]
-    found = [*_of_fidelity(rest, noisy)] if rest else []
-    found += [*_of_class_1(rows)] if len(rest) < len(rows) else []
+    classes = classes_of(rows)
+    found = [*_of_fidelity(rows, noisy)] if max(classes) > 1 else []
+    found += [*_of_class_1(rows)] if 1 in classes else []
     found += _of_experts(rows)
     segmented = [row for row in rows if row.get("dice") not in (None, "")]
     heads = [row for row in rows if row.get("head_detail") not in (None, "")]
     if {"linear", GENERAL, EXPERT, SHIPS} <= {row["method"] for row in segmented}:
-        found += _of_dice(segmented)
+        brains = [row for row in rows if row.get("head_detail") in (None, "")]
+        lacking = {k: len(_persons(brains, k) - _persons(segmented, k)) for k in classes}
+        found += _of_dice(segmented, lacking)
     found += [*_of_heads(heads)] if heads else []
     return found
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from remix_bids.errors import UsageError
 from remix_bids.evaluation.cases import Case
-from remix_bids.evaluation.settings import NETWORKS, Settings
-from remix_bids.experts.registry import GENERAL
+from remix_bids.evaluation.settings import BACK_PROJECTION, EXPERT, SHIPS, Settings
 
 SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
 """What a row tells of the scan."""
@@ -59,8 +58,8 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     ------
     UsageError
         If they were measured with other experts, another protocol, the other affine, another
-        segmenter, of other methods, or on cases that are not to be run now: writing the file anew
-        would lose them.
+        segmenter, of other methods, without Dice that is to be found now, or on cases that are
+        not to be run now: writing the file anew would lose them.
     """
     if rows and not {*COLUMNS} <= {*rows[0]}:
         raise UsageError("the output is not a table of this version; name another file")
@@ -98,17 +97,21 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
             f"the output holds Dice of another segmenter ({', '.join(sorted(segmenters))}); name "
             "another file, or remove this one"
         )
-    dice = settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}
-
-    def whole(key: tuple, own: Sequence[dict]) -> bool:
-        """All methods, and Dice if it is asked for now."""
-        if len(own) < (most if settings.tune else len(asked)):
-            return False
-        segmented = dice and wanted[key].number == 0 and not wanted[key].person.head
+    whole = {
+        key: own
+        for key, own in found.items()
+        if len(own) == (most if settings.tune else len(asked))
+    }
+    if settings.segmenter and asked & {*settings.protocol["segmented"], *settings.commands}:
         column = "dice_manual" if settings.labels else "dice"
-        return not segmented or any(row[column] for row in own)
-
-    return [row for key, own in found.items() if whole(key, own) for row in own]
+        for key, own in whole.items():
+            segmented = wanted[key].segmented and not wanted[key].person.head
+            if segmented and not any(row[column] for row in own):
+                raise UsageError(
+                    f"the output holds cases without the Dice that is asked for now, the first "
+                    f"{_told(key)}; name another file, and join the two by remix-experts table"
+                )
+    return [row for own in whole.values() for row in own]
 
 
 def row_key(row: dict) -> tuple[str, ...]:
@@ -124,9 +127,9 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     Raises
     ------
     UsageError
-        If rows of one expert are of several networks, rows are of several protocols, affines or
-        segmenters, a case is not the same scan in all runs, or cases lack a method, or its Dice,
-        that others have: a mean over such rows would mislead.
+        If rows are of several protocols, affines or segmenters, those of one method in one class
+        of several networks, iterations or commands, a case is not the same scan in all runs, or
+        cases lack a method, or its Dice, that others have: a mean over such rows would mislead.
     """
     cases: dict[tuple, dict[str, dict]] = {}
     every = [row for table in tables for row in table]
@@ -140,16 +143,14 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
             row = before | {key: value for key, value in row.items() if value != ""}
         case[row["method"]] = row
     rows = [row for methods in cases.values() for row in methods.values()]
+    if len({row["setup"].partition(".")[0] for row in rows}) > 1:
+        raise UsageError("the rows are of several protocols")
     setups: dict[str, set[str]] = {}
     for row in rows:
-        if row["method"] in NETWORKS:
-            network = GENERAL if row["method"] == GENERAL else f"expert {row['class']}"
-            setups.setdefault(network, set()).add(row["setup"])
-    for network, found in setups.items():
+        setups.setdefault(_made_by(row), set()).add(row["setup"])
+    for name, found in setups.items():
         if len(found) > 1:
-            raise UsageError(f"the rows of the {network} are of several sets, or protocols")
-    if len({row["setup"] for row in rows if row["method"] not in NETWORKS}) > 1:
-        raise UsageError("the rows without networks are of several protocols")
+            raise UsageError(f"the rows of {name} are of several networks, iterations or commands")
     for key, methods in cases.items():
         if len({tuple(row[name] for name in SCAN) for row in methods.values()}) > 1:
             raise UsageError(f"{_told(key)} is not the same scan in all files: another protocol?")
@@ -170,6 +171,15 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
                 "have: run evaluate --dice for it, too"
             )
     return rows
+
+
+def _made_by(row: dict) -> str:
+    """What must be one and the same in all of its rows of a table."""
+    if row["method"] in (EXPERT, SHIPS):
+        return f"expert {row['class']}"
+    if row["method"] == BACK_PROJECTION:
+        return f"{BACK_PROJECTION} in class {row['class']}"
+    return row["method"]
 
 
 def _told(key: tuple[str, ...]) -> str:

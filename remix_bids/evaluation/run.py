@@ -213,7 +213,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         "affine": settings.affine,
     }
     names = (*settings.protocol["segmented"], *settings.commands)
-    segmented = names if settings.segmenter and case.number == 0 and not settings.tune else ()
+    segmented = names if settings.segmenter and case.segmented and not settings.tune else ()
     rows: list[dict] = []
     measured: dict[
         tuple[int, bool], dict

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from remix_bids.experts.registry import GENERAL, load_registry
 from remix_bids.registration.affine import Templates
@@ -76,15 +77,25 @@ class Settings:
         return "registered" if self.templates else "true"
 
     def setup(self, method: str, klass: str) -> str:
-        """First digits of a sha256 of what decides a method's rows of a class.
+        """What decides a method's rows of a class, as first digits of a sha256.
 
-        The protocol; of networks, the one that is run and its steps, too; of other programs the
-        command. So rows of an expert outlive the others, and rows without networks all of them.
+        One of the protocol and, where there is more to tell, a dot and one of it: the network that
+        is run and its steps, the iterations of back-projection, another program's command. So
+        rows of an expert outlive the others, and rows without networks all of them.
         """
-        name = {GENERAL: GENERAL, EXPERT: klass, SHIPS: klass}.get(method)
-        if name is not None:
-            return self._digest(*self._networks[name])
-        return self._digest(*([self.commands[method]] if method in self.commands else []))
+        own = self._own(method, klass)
+        return ".".join([self._rules, *([_digest(own)] if own else [])])
+
+    def _own(self, method: str, klass: str) -> list[Any]:
+        """What decides a method's rows, but for the protocol that all have in common."""
+        iterations = self.protocol["back_projection"]
+        if self.tune:
+            return [iterations]
+        if method in NETWORKS:
+            return [*self._networks[GENERAL if method == GENERAL else klass]]
+        if method == BACK_PROJECTION:
+            return [iterations[noise][int(klass) - 1] for noise in ("clean", "noisy")]
+        return [self.commands[method]] if method in self.commands else []
 
     @cached_property
     def _networks(self) -> dict[str, tuple[str, int]]:
@@ -92,8 +103,12 @@ class Settings:
         experts = load_registry(self.experts_dir)
         return {e.name: (e.sha256, e.consistency_steps) for e in experts}
 
-    def _digest(self, *made_by: str | int) -> str:
-        chosen = {"geometries_per_person", "noise", "segmented"}  # of cases, not within one
-        protocol = {k: v for k, v in self.protocol.items() if k not in chosen}
-        told = json.dumps([made_by, protocol, self.tune], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
+    @cached_property
+    def _rules(self) -> str:
+        """Of the protocol, without what chooses cases and what only one method follows."""
+        left_out = {"geometries_per_person", "noise", "segmented", "back_projection"}
+        return _digest({k: v for k, v in self.protocol.items() if k not in left_out})
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]

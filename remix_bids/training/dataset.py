@@ -55,6 +55,10 @@ class Person:
     def coarse(self) -> bool:
         return max(self.voxel_sizes) > COARSE_MM
 
+    def serves(self, k: int) -> bool:
+        """Whether the image is a truth for scans of class ``k``."""
+        return not self.coarse or k in COARSE_CLASSES
+
     @property
     def study(self) -> str:
         """Where the image comes from: the name (as in ``ds002748x01``) less the person's number."""
@@ -372,7 +376,7 @@ class Simulator:
         rng = np.random.default_rng([self.seed, index])
         weights = np.array(self.class_weights, dtype=float)
         k = int(rng.choice(np.arange(1, 8), p=weights / weights.sum()))
-        usable = [p for p in self.persons if not p.coarse or k in COARSE_CLASSES]
+        usable = [p for p in self.persons if p.serves(k)]
         heads = [p for p in usable if p.head]
         brains = [p for p in usable if not p.head]
         pool = heads if heads and (not brains or rng.random() < self.head_share) else brains

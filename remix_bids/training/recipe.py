@@ -25,7 +25,7 @@ from remix_bids.experts.registry import GENERAL, ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import CLASS_RANGES, geometries
 from remix_bids.training import team
-from remix_bids.training.dataset import Simulator, load_persons
+from remix_bids.training.dataset import COARSE_MM, Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
 from remix_bids.training.trainer import Schedule, is_finished, read_metadata, train
 
@@ -208,6 +208,7 @@ def run_recipe(
         schedule = Schedule(workers=workers, **own)
         if is_finished(output / stage, schedule):
             continue
+        weights = class_weights(stage, settings, data["own_share"])
         for split, some in (("train", persons), ("validation", unseen)):
             if not some:
                 raise UsageError(
@@ -215,7 +216,13 @@ def run_recipe(
                     "yours under validation in a copy of the recipe, and give it by --recipe to "
                     "prepare and train"
                 )
-        weights = class_weights(stage, settings, data["own_share"])
+            for k, weight in enumerate(weights, 1):
+                if weight and not any(person.serves(k) for person in some):
+                    raise UsageError(
+                        f"stage {stage!r} draws class {k}, and all persons of the split {split!r} "
+                        f"in {prepared} have voxel sides above {COARSE_MM} mm, too coarse for it: "
+                        "add one, or train other stages (--stage), or other classes (--recipe)"
+                    )
         # By name: a stage that is put before others leaves them their volumes.
         seed = data["seed"] + crc32(stage.encode())
         patches = settings.get("patches_per_volume", data["patches_per_volume"])
