@@ -491,8 +491,9 @@ def _end_workers(number: int, frame: FrameType | None) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # scancel, timeout, kill; Ctrl-C
-        signal.signal(number, _end_workers)
+    if argv is None:  # as a command: scancel, timeout and kill; Ctrl-C
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end_workers)
     args = get_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
