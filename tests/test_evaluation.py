@@ -457,14 +457,14 @@ def test_claims_of_dice_and_of_heads():
     ]  # fmt: skip
     told = claims.claims(found)
     assert held(told, "network in Dice") == ("0 of 1, 1 ties", False)
-    assert held(told, "class 4: Dice gap") == ("60.0%", True)
+    assert held(told, "class 4: Dice gap") == ("60.00%", True)
     assert held(told, "manual classes") == ("1 of 1", True)
     assert held(told, "outside the brain") == ("1.00, cubic 0.50", True)
     for row in found[: len(METHODS)]:  # of one person, who has no Dice
         row |= {"dice": "", "dice_floor": "", "dice_manual": "", "head_detail": ""}
     told = claims.claims(found)
     assert held(told, "network in Dice") == ("0 of 1, 1 ties; class 4 lacks 1 person", False)
-    assert held(told, "class 4: Dice gap") == ("60.0%; class 4 lacks 1 person", False)
+    assert held(told, "class 4: Dice gap") == ("60.00%; class 4 lacks 1 person", False)
     for row in found:
         row["head_detail"] = 1.1 if row["method"] == SHIPS else 0.5
         row["dice_manual"] = 0.6 if row["method"] == SHIPS else 0.7

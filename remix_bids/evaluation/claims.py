@@ -138,7 +138,7 @@ def _of_dice(rows: Sequence[dict], lacking: dict[int, int]) -> Iterator[Claim]:
             low, floor = dice("linear", k), dice("linear", k, "dice_floor")
             closed = (dice(SHIPS, k) - low) / (floor - low)
             text = f"class {k}: Dice gap from linear to the segmenter's floor closed by {least:.0%}"
-            found = f"{closed:.1%}", closed >= least
+            found = f"{closed:.2%}", closed >= least
             yield Claim(text, *_with_all(found, {k: lacking[k]}))
     if all(row["dice_manual"] not in (None, "") for row in rows):
 
