@@ -23,6 +23,7 @@ SCIENCE = (
     "evaluation",
     "qc",
 )
+BELOW = ("errors", "workers", "data")  # for all layers: they import nothing of ours
 PIPELINES_AND_BIDS = {"nipype", "niworkflows", "nireports", "bids", "templateflow"}
 HEAVY = {"torch", "ants"}
 # What a run needs in its parent process: to say --help, to build the graph, to run and to report.
@@ -100,11 +101,16 @@ def test_the_tree_is_what_these_tests_believe():
     assert "torch" in _tops(_loaded_with("remix_bids.experts.unet"))
 
 
+@pytest.mark.parametrize("name", _modules(*BELOW))
+def test_what_lies_below_all_layers_stands_alone(name):
+    assert not {i for i in ANYWHERE[name] if i.startswith("remix_bids")}
+
+
 @pytest.mark.parametrize("name", _modules(*SCIENCE))
 def test_science_knows_no_pipeline_and_no_bids(name):
     assert not _tops(ANYWHERE[name]) & PIPELINES_AND_BIDS
     own = {i for i in ANYWHERE[name] if i.startswith("remix_bids.")} & set(MODULES)
-    above = {i for i in own if not _within(i, (*SCIENCE, "errors", "data"))}
+    above = {i for i in own if not _within(i, (*SCIENCE, *BELOW))}
     assert not above, "science imports only science"
 
 
