@@ -187,6 +187,8 @@ def test_further_geometries_until_every_expert_has_a_scan_of_every_person():
     assert todo[: len(few)] == few
     assert served(todo) == served(many) > served(few)
     assert len(todo) == len(few) + len(served(many) - served(few))
+    assert all(c.segmented for c in todo)
+    assert not all(c.segmented for c in many)
 
 
 def test_a_coarse_image_is_no_truth_for_thin_slices():
