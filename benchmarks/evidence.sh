@@ -31,6 +31,8 @@ prepare "$data/train" "$out/prepared"
 
 remix-experts evaluate "$out/test" "$out/table1.tsv" --geometries 1 --every-expert --dice \
     --labels "$data/external_test/derivatives/manual" --nprocs "$nprocs"
+remix-experts evaluate "$out/test" "$out/class2.tsv" --classes 2 --noise 0 --geometries 6 \
+    --nprocs "$nprocs"
 remix-experts evaluate "$out/prepared" "$out/heads.tsv" --split held_out --classes 3 4 5 6 7 \
     --geometries 1 --every-expert --nprocs "$nprocs"
 once lesions.log remix-experts lesions "$out/test" "$out/lesions.tsv" --persons 2
