@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 
 def lead_a_group() -> None:
@@ -30,8 +31,10 @@ def _follow(sentinel: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def end_groups(leaders: Iterable[int]) -> None:
-    """End the process groups of workers, by their process numbers; some may be gone."""
-    for leader in leaders:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(leader, signal.SIGKILL)
+def end(workers: Iterable[BaseProcess]) -> None:
+    """End workers and their groups; some may be gone, or lead none (those of torch)."""
+    for worker in workers:
+        if worker.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(worker.pid, signal.SIGKILL)
+        worker.kill()

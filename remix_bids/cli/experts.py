@@ -16,9 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from remix_bids import __version__
+from remix_bids import __version__, workers
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
-from remix_bids.workers import end_groups
 
 CLASSES = list(range(1, 8))
 
@@ -482,10 +481,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def _end_workers(number: int, frame: FrameType | None) -> NoReturn:
     """End what works for us, too: the end would wait for it, and what it has started go on."""
-    workers = multiprocessing.active_children()
-    end_groups(worker.pid for worker in workers if worker.pid)
-    for worker in workers:
-        worker.kill()  # those of torch lead no group
+    workers.end(multiprocessing.active_children())
     sys.exit(128 + number)
 
 

@@ -23,8 +23,8 @@ import networkx
 from nipype import config, logging
 from nipype.pipeline.plugins.multiproc import MultiProcPlugin, run_node
 
+from remix_bids import workers
 from remix_bids.errors import RemixError
-from remix_bids.workers import end_groups, lead_a_group
 
 KILLED = (
     "The process that ran node {node} was killed{how}. Most often the system ran out of memory: "
@@ -39,7 +39,7 @@ HOLES = (
 
 def _start_worker(cwd: str, log_level: int, resource_monitor: bool) -> None:
     """Prepare a fresh worker process (it shares no state with the parent)."""
-    lead_a_group()
+    workers.lead_a_group()
     os.chdir(cwd)
     os.environ["NIPYPE_NO_ET"] = os.environ["NO_ET"] = "1"
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -148,7 +148,7 @@ class RemixMultiProcPlugin(MultiProcPlugin):
         except Exception as error:
             died = isinstance(error, BrokenProcessPool)
             how = _exit_reason(processes) if died else ""
-            end_groups(processes)
+            workers.end(processes.values())
             message = KILLED.format(node=name, how=how) if died else f"{error!r}\n"
             result = {
                 "result": None,
@@ -186,10 +186,7 @@ class RemixMultiProcPlugin(MultiProcPlugin):
         for slot in [*self._idle, *self._busy.values()]:
             slot.shutdown(wait=False, cancel_futures=True)
         for slot in self._busy.values():
-            processes = dict(slot._processes or {})
-            end_groups(processes)
-            for process in processes.values():
-                process.terminate()
+            workers.end(dict(slot._processes or {}).values())
         self._idle, self._busy = [], {}
 
 
