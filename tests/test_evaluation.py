@@ -11,7 +11,7 @@ import torch
 
 from remix_bids.errors import UsageError
 from remix_bids.evaluation import claims
-from remix_bids.evaluation.cases import cases, with_every_expert
+from remix_bids.evaluation.cases import cases, segmented_once, with_every_expert
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
     correlation,
@@ -187,8 +187,21 @@ def test_further_geometries_until_every_expert_has_a_scan_of_every_person():
     assert todo[: len(few)] == few
     assert served(todo) == served(many) > served(few)
     assert len(todo) == len(few) + len(served(many) - served(few))
-    assert all(c.segmented for c in todo)
-    assert not all(c.segmented for c in many)
+
+
+def test_dice_needs_as_many_scans_however_many_geometries_are_read():
+    select = load_registry().select
+
+    def expert(volume):
+        return select(volume).name
+
+    few = cases(people(), protocol() | {"geometries_per_person": 1}, range(1, 8), [0.0])
+    many = cases(people(), protocol(), range(1, 8), [0.0])
+    least = segmented_once(with_every_expert(few, many, expert), expert)
+    marked = [c for c in segmented_once(many, expert) if c.segmented]
+    assert all(c.segmented for c in least)
+    assert len(few) < len(least) < len(many)
+    assert {c.key for c in marked} == {c.key for c in least}
 
 
 def test_a_coarse_image_is_no_truth_for_thin_slices():
@@ -224,6 +237,10 @@ def test_the_table_gives_paired_gains():
     assert f"| box profile | {cells} |" in table
     assert f"| anisotropy 4 to 20 | {cells} |" in table
     assert "| Gaussian profile |  |  |  |" in table
+    _, seven = table.split("**Gain of `expert` over `general`, network alone, without noise**")
+    assert METHODS.index("expert") - METHODS.index("general") == 1
+    same = "+0.0000 [+0.0000, +0.0000] 0/4"
+    assert f"| 4 | +1.000 [+1.000, +1.000] 4/4 | {same} | {same} |" in seven
 
 
 def test_bootstrap_interval_holds_the_mean():
@@ -275,9 +292,13 @@ def measured(todo, digest=None):
     ]  # fmt: skip
 
 
+def first_segmented(todo):
+    return [replace(c, segmented=c.number == 0) for c in todo]
+
+
 def test_a_stopped_evaluation_goes_on(tmp_path):
     often = protocol() | {"geometries_per_person": 7}  # one more than kinds
-    todo = cases(people(2), often, [3], [0.0, 0.02])
+    todo = first_segmented(cases(people(2), often, [3], [0.0, 0.02]))
     assert len({c.key for c in todo}) == len(todo) == 28
     assert [c.key for c in cases(people(2), often, [3], [0, 0.02])] == [c.key for c in todo]
     rows = measured(todo)
@@ -317,7 +338,7 @@ def test_no_row_is_lost_by_resuming():
 
 
 def test_manual_classes_are_found_later():
-    todo = cases(people(1), protocol(), [3], [0.0])
+    todo = first_segmented(cases(people(1), protocol(), [3], [0.0]))
     rows = [row | {"dice": "0.9", "dice_manual": ""} for row in measured(todo)]
     settings = Settings(protocol(), methods=("cubic", "expert"), segmenter="atropos")
     assert finished(rows, todo, settings) == rows

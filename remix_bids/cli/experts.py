@@ -193,7 +193,7 @@ def _named_commands(options: list[str]) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
-    from remix_bids.evaluation.cases import cases, with_every_expert
+    from remix_bids.evaluation.cases import cases, segmented_once, with_every_expert
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.run import manual_labels
@@ -224,11 +224,16 @@ def evaluate(args: argparse.Namespace) -> None:
         geometries(args.bank, held_out=args.split == "held_out")  # refuses a bank without any
         protocol["bank"] = hashlib.sha256(args.bank.read_bytes()).hexdigest()  # decides the rows
     todo = cases(persons, protocol, args.classes, noise, args.bank)
+    registry = load_registry(args.experts_dir)
+
+    def expert(volume: float) -> str:
+        return registry.select(volume).name
+
     if args.every_expert:
         often = protocol | {"geometries_per_person": most}
         more = cases(persons, often, args.classes, noise, args.bank)
-        registry = load_registry(args.experts_dir)
-        todo = with_every_expert(todo, more, lambda volume: registry.select(volume).name)
+        todo = with_every_expert(todo, more, expert)
+    todo = segmented_once(todo, expert)
     if not todo:
         raise UsageError("no person is fine enough for these classes: nothing to evaluate")
     mask = args.prepared / "strip_mask.npy"
@@ -418,7 +423,11 @@ def get_parser() -> argparse.ArgumentParser:
         "'expert + steps'; no tables, `table` joins the rows with those of other runs",
     )
     p.add_argument("--tune", action="store_true", help="find the iterations of back-projection")
-    p.add_argument("--dice", action="store_true", help="segment with ANTs Atropos")
+    p.add_argument(
+        "--dice",
+        action="store_true",
+        help="segment with ANTs Atropos: one scan of each person and class, and for every expert",
+    )
     p.add_argument(
         "--segmenter-command", help="or with this: 'mri_synthseg --i {input} --o {output}'"
     )

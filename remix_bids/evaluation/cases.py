@@ -37,11 +37,10 @@ class Case:
         Of this person's geometries in the class.
     seed : tuple of int
     noise : float
-    segmented : bool
-        Whether Dice is found if it is asked for: on the first geometry, and where an expert would
-        have none of the person.
     bank : Path, optional
         Where geometries come from; the shipped bank by default.
+    segmented : bool
+        Whether Dice is found if it is asked for; see `segmented_once`.
     """
 
     person: Person
@@ -50,8 +49,8 @@ class Case:
     number: int
     seed: tuple[int, ...]
     noise: float
-    segmented: bool
     bank: Path | None = None
+    segmented: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -110,7 +109,7 @@ def cases(
         chosen_on = () if person.split == "held_out" else (1,)  # others than what is reported
         seed = (protocol["seed"], i, k, j, *chosen_on)
         kind = kinds[(i + k + j) % len(kinds)]
-        return Case(person, k, kind, j, seed, sigma, segmented=j == 0, bank=bank)
+        return Case(person, k, kind, j, seed, sigma, bank)
 
     return [
         case(person, i, k, j, float(sigma))
@@ -122,18 +121,15 @@ def cases(
     ]
 
 
-def with_every_expert(
-    chosen: Sequence[Case], more: Sequence[Case], expert: Callable[[float], str]
-) -> list[Case]:
+Expert = Callable[[float], str]
+"""Which expert serves an effective voxel volume (mm3)."""
+
+
+def with_every_expert(chosen: Sequence[Case], more: Sequence[Case], expert: Expert) -> list[Case]:
     """Cases, and of further ones the first of each person for every expert that has none yet.
 
     A class is drawn from a range of voxel volumes, and ranges overlap: the gate may send none of a
     person's scans to some expert.
-
-    Parameters
-    ----------
-    expert : callable
-        Which expert serves an effective voxel volume (mm3).
     """
     served = {(c.person.name, c.noise, expert(c.acquisition().volume)) for c in chosen}
     added = []
@@ -141,5 +137,16 @@ def with_every_expert(
         key = case.person.name, case.noise, expert(case.acquisition().volume)
         if key not in served:
             served.add(key)
-            added.append(replace(case, segmented=True))
+            added.append(case)
     return [*chosen, *added]
+
+
+def segmented_once(todo: Sequence[Case], expert: Expert) -> list[Case]:
+    """The same cases, with those marked that are segmented where Dice is asked for.
+
+    That takes longer than all the rest: the first geometry of a person and class has to do, and
+    further ones only where an expert would have none of the person.
+    """
+    first = [case for case in todo if case.number == 0]
+    wanted = {case.key for case in with_every_expert(first, todo, expert)}
+    return [replace(case, segmented=case.key in wanted) for case in todo]

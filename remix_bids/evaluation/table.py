@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from remix_bids.evaluation.settings import METHODS, SHIPS
+from remix_bids.evaluation.settings import EXPERT, METHODS, SHIPS
 from remix_bids.experts.registry import GENERAL
 
 METRICS = {
@@ -21,6 +21,8 @@ WHERE_KNOWN = {
     "dice_manual": "Dice of tissue classes with the manual ones",
     "head_detail": "Gradient energy at 0.2 to 0.4 cycles/mm outside the brain, of the truth's",
 }
+COMPARED = ("psnr", "ssim", "correlation", "dice", "dice_manual")
+"""Metrics of which paired gains are given."""
 ANISOTROPY = ((1.0, 2.0), (2.0, 4.0), (4.0, 20.0))
 
 
@@ -71,10 +73,9 @@ def to_markdown(rows: Sequence[dict]) -> str:
         for metric, label in METRICS.items():
             lines += [f"**{label}, {title}**", "", *_means(mine, metric), ""]
         for metric, label in WHERE_KNOWN.items():
-            known = [row for row in mine if row.get(metric) not in (None, "")]
-            if known:
+            if known := _with(metric, mine):
                 lines += [f"**{label}, {title}**", "", *_means(known, metric), ""]
-        segmented = [row for row in mine if row.get("dice_floor") not in (None, "")]
+        segmented = _with("dice_floor", mine)
         if segmented:
             floors = {
                 k: np.mean(list(by_person(segmented, "dice_floor", **{"class": k}).values()))
@@ -82,19 +83,22 @@ def to_markdown(rows: Sequence[dict]) -> str:
             }
             told = ", ".join(f"{floor:.4f} in class {k}" for k, floor in floors.items())
             lines += [f"Dice of the segmenter with itself: {told}", ""]
-        for metric in ("psnr", "ssim", "correlation", "dice", "dice_manual"):
-            known = [row for row in mine if row.get(metric) not in (None, "")]
+        told = "(mean over persons, 95 % bootstrap interval, persons better)"
+        for metric in COMPARED:
+            known = _with(metric, mine)
             if SHIPS in methods_of(known):
-                lines += [
-                    f"**Gain of `{SHIPS}` in {metric}, {title}** (mean over persons, 95 % "
-                    "bootstrap interval, persons better)",
-                    "",
-                    *_gains(known, metric),
-                    "",
-                ]
+                lines += [f"**Gain of `{SHIPS}` in {metric}, {title}** {told}", ""]
+                lines += [*_gains(known, metric), ""]
+        lines += [f"**Gain of `{EXPERT}` over `{GENERAL}`, network alone, {title}** {told}", ""]
+        lines += [*_network_against_network(mine), ""]
         lines += [f"**Gain of `{SHIPS}` in psnr by kind of acquisition, {title}**", ""]
         lines += [*_by_kind(mine), ""]
     return "\n".join(lines)
+
+
+def _with(metric: str, rows: Sequence[dict]) -> list[dict]:
+    """The rows in which a metric was measured."""
+    return [row for row in rows if row.get(metric) not in (None, "")]
 
 
 def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -162,6 +166,23 @@ def _gains(rows: Sequence[dict], metric: str) -> list[str]:
         for k in classes_of(rows)
     ]
     return markdown_table(["class", *others], body)
+
+
+def _network_against_network(rows: Sequence[dict]) -> list[str]:
+    """Seven networks against one, by class and metric."""
+    known = {metric: _with(metric, rows) for metric in COMPARED}
+    shown = [m for m, own in known.items() if {EXPERT, GENERAL} <= {*methods_of(own)}]
+    body = [
+        [
+            str(k),
+            *(
+                _cell(paired_gain(known[m], m, GENERAL, k, EXPERT), 3 if m == "psnr" else 4)
+                for m in shown
+            ),
+        ]
+        for k in classes_of(rows)
+    ]
+    return markdown_table(["class", *shown], body)
 
 
 def _by_kind(rows: Sequence[dict]) -> list[str]:
