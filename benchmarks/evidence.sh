@@ -11,6 +11,15 @@ here=$(dirname "$0")
 lin=$data/templateflow/tpl-MNI152Lin/tpl-MNI152Lin_res-01
 mkdir -p "$out"
 
+# What an earlier run has left there counts for the same experts and protocol only.
+package=$here/../remix_bids/data
+made_with=$(cat "$package/experts/experts.toml" "$package/protocol.toml" | sha256sum)
+if [ "$(cat "$out/made_with" 2>/dev/null || echo "$made_with")" != "$made_with" ]; then
+    echo "$out holds results of other experts or of another protocol: name another folder" >&2
+    exit 2
+fi
+echo "$made_with" >"$out/made_with"
+
 # Runs a step unless its output is there; the output appears when the step has succeeded.
 once() {
     result=$out/$1
@@ -29,10 +38,8 @@ prepare() {
 prepare "$data/external_test" "$out/test" --test
 prepare "$data/train" "$out/prepared"
 
-remix-experts evaluate "$out/test" "$out/table1.tsv" --geometries 1 --every-expert --dice \
+remix-experts evaluate "$out/test" "$out/table1.tsv" --dice \
     --labels "$data/external_test/derivatives/manual" --nprocs "$nprocs"
-remix-experts evaluate "$out/test" "$out/class2.tsv" --classes 2 --noise 0 --geometries 6 \
-    --nprocs "$nprocs"
 remix-experts evaluate "$out/prepared" "$out/heads.tsv" --split held_out --classes 3 4 5 6 7 \
     --geometries 1 --every-expert --nprocs "$nprocs"
 once lesions.log remix-experts lesions "$out/test" "$out/lesions.tsv" --persons 2

@@ -127,6 +127,12 @@ def test_task_with_a_card_and_memory_per_processor(task):
     assert "CUDA_VISIBLE_DEVICES=0" in engine
 
 
+def test_task_of_the_second_part_of_many(task):
+    code, lines, _ = task(SLURM_ARRAY_TASK_ID="1", OFFSET="1")
+    assert code == 0
+    assert split(lines)[1]["participant_label"] == ["sub-a"]
+
+
 def test_task_without_a_participant(task):
     code, lines, error = task(SLURM_ARRAY_TASK_ID="3")
     assert (code, lines) == (2, [])

@@ -26,7 +26,13 @@ from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.rows import finished, joined, read_rows, write_rows
 from remix_bids.evaluation.run import evaluate
 from remix_bids.evaluation.settings import METHODS, Settings
-from remix_bids.evaluation.table import SHIPS, best_back_projection, bootstrap_interval, to_markdown
+from remix_bids.evaluation.table import (
+    SHIPS,
+    best_back_projection,
+    bootstrap_interval,
+    paired_gain,
+    to_markdown,
+)
 from remix_bids.experts.registry import load_registry
 from remix_bids.registration.affine import Templates
 from remix_bids.simulation.acquisition import (
@@ -150,19 +156,24 @@ def test_a_real_geometry_is_called_real_only_where_there_is_one():
     assert {c.source for c in todo} == {"real", "any plane"}
 
 
+def plane(case):
+    """Along which axis of the head the slices of a case are stacked."""
+    grid = case.acquisition().grid
+    return ("sagittal", "coronal", "axial")[np.abs(grid.affine[:3, slice_axis(grid)]).argmax()]
+
+
 def test_geometries_come_from_the_bank_that_is_named(tmp_path):
-    """A bank with one sagittal scan that is held out: whatever plane is asked for, it is this."""
-    sagittal = [replace(g, held_out=False) for g in load_bank() if g.plane == "sagittal"][:2]
+    """Whatever plane is asked for: held-out persons have the only scan that is held out."""
+    sagittal, axial = (next(g for g in load_bank() if g.plane == p) for p in ("sagittal", "axial"))
     bank, none = tmp_path / "bank.json", tmp_path / "none.json"
-    save_bank([replace(sagittal[0], held_out=True), sagittal[1]], bank)
-    save_bank(sagittal, none)
+    save_bank([replace(sagittal, held_out=True), replace(axial, held_out=False)], bank)
+    save_bank([replace(g, held_out=False) for g in (sagittal, axial)], none)
     kinds = {"kinds": ["axial", "sagittal"]}
     todo = cases(people(2), protocol() | kinds, [3, 4], [0.0], bank)
-    normal = slice_axis(sagittal[0].grid)
-    across = [case.acquisition().grid.affine[:3, normal] for case in todo]
-    assert [int(np.abs(direction).argmax()) for direction in across] == [0] * len(todo)
-    planes = {c.kind for c in todo}
-    assert planes == {"axial", "sagittal"}
+    assert {c.kind for c in todo} == {"axial", "sagittal"}
+    assert {plane(c) for c in todo} == {"sagittal"}
+    chosen = [replace(person, split="validation") for person in people(2)]
+    assert {plane(c) for c in cases(chosen, protocol() | kinds, [3, 4], [0.0], bank)} == {"axial"}
     with pytest.raises(UsageError, match="no geometry is held out"):
         cases(people(1), protocol(), [3], [0.0], none)[0].acquisition()
 
@@ -220,6 +231,7 @@ def rows():
     values = dict(zip(METHODS, range(24, 24 + len(METHODS)), strict=True))
     return [
         {"person": f"p{i}", "drawn": 4, "class": 4, "noise": 0.0, "method": method, "kind": "real",
+         "number": 0,
          "profile": "box", "anisotropy": 4.0, "psnr": values[method] + i + 0.0,
          "psnr_whole": 30.0, "psnr_matched": 30.0, "ssim": 0.9, "correlation": 0.99}
         for i in range(4)
@@ -243,6 +255,21 @@ def test_the_table_gives_paired_gains():
     assert f"| 4 | +1.000 [+1.000, +1.000] 4/4 | {same} | {same} |" in seven
 
 
+def test_the_person_is_the_unit():
+    """One has two scans, both worse, the other one that is better by as much as both together."""
+    gains = {("p0", 0): -1.0, ("p0", 1): -3.0, ("p1", 0): 4.0}
+    found = [
+        row | {"person": person, "number": number}
+        | ({"psnr": row["psnr"] + gain} if row["method"] == SHIPS else {})
+        for row in rows()[: len(METHODS)]
+        for (person, number), gain in gains.items()
+    ]  # fmt: skip
+    one, other = paired_gain(found, "psnr", "expert", 4)
+    assert (one, other) == (1.0 - 2.0, 1.0 + 4.0)
+    assert "| 4 | " in to_markdown(found)
+    assert f"`{SHIPS}`, without noise: 2 persons, 3 scans" in claims.to_markdown(found)
+
+
 def test_bootstrap_interval_holds_the_mean():
     values = [0.1, 0.5, 0.9, 1.3]
     low, high = bootstrap_interval(values)
@@ -258,7 +285,8 @@ def test_tuning_takes_the_best_iteration():
         for step in (0.5, 1)
         for i in range(12)
     ]
-    assert best_back_projection(found) == {0.0: [[0, 0.5], [1, 0.5], [2, 0.5], [11, 0.5]]}
+    best = {0: [0, 0.5], 1: [1, 0.5], 2: [2, 0.5], 11: [11, 0.5]}
+    assert best_back_projection(found) == {0.0: best}
 
 
 def test_dice_and_other_programs_get_their_columns(tmp_path):
@@ -282,11 +310,11 @@ def measured(todo, digest=None):
     """Two rows of each case, as a TSV gives them back."""
     settings = Settings(protocol())
     return [
-        {"person": c.person.name, "drawn": str(c.drawn), "number": str(c.number),
-         "noise": str(c.noise), "affine": "true", "setup": digest or settings.setup(method, "3"),
-         "method": method, "psnr": "30", "dice": "", "segmenter": "",
-         "class": "3", "kind": c.kind, "voxel_sizes": "1.00 x 1.00 x 3.00", "volume": "3.0",
-         "profile": "box"}
+        {"person": c.person.name, "image": c.person.digest, "drawn": str(c.drawn),
+         "number": str(c.number), "noise": str(c.noise), "affine": "true",
+         "setup": digest or settings.setup(method, "3"), "method": method, "psnr": "30",
+         "dice": "", "segmenter": "", "class": "3", "kind": c.kind,
+         "voxel_sizes": "1.00 x 1.00 x 3.00", "volume": "3.0", "profile": "box"}
         for c in todo
         for method in ("cubic", "expert")
     ]  # fmt: skip
@@ -337,6 +365,20 @@ def test_no_row_is_lost_by_resuming():
         finished([{"person": "p0", "method": "cubic"}], todo, settings)
 
 
+def test_rows_of_another_preparation_are_not_mixed_in():
+    """The same scan, prepared anew on another processor, differs by more than rounding."""
+    todo = cases(people(2), protocol(), [3], [0.0])
+    turned = [replace(c, person=replace(c.person, world=c.person.world + 1e-6)) for c in todo]
+    settings = Settings(protocol(), methods=("cubic", "expert"))
+    with pytest.raises(UsageError, match="another preparation of p0"):
+        finished(measured(todo), turned, settings)
+    with pytest.raises(UsageError, match="several preparations of p1"):
+        joined([measured(todo[:6]), measured(todo[6:8]), measured(turned[8:])])
+    one = todo[0].person
+    assert one.digest != replace(one, image=one.image + 1).digest
+    assert one.digest == replace(one, name="q", split="validation").digest
+
+
 def test_manual_classes_are_found_later():
     todo = first_segmented(cases(people(1), protocol(), [3], [0.0]))
     rows = [row | {"dice": "0.9", "dice_manual": ""} for row in measured(todo)]
@@ -380,6 +422,9 @@ def test_rows_that_do_not_belong_together_are_not_joined():
         joined([[row | {"setup": "0123abcd"} for row in others], networks])
     with pytest.raises(UsageError, match=r"expert for p0, class 3, geometry 0, .* lacks the Dice"):
         joined([[row | {"dice": "0.9"} for row in (rows[0], *rows[2:])], rows[1:2]])
+    manual = [row | {"dice": "0.9", "dice_manual": "0.8"} for row in rows]
+    with pytest.raises(UsageError, match=r"expert for p0, class 3, geometry 0, .* --labels"):
+        joined([[manual[0], manual[1] | {"dice_manual": ""}, *manual[2:]], manual[4:]])
     with pytest.raises(UsageError, match=r"p0, class 3, geometry 0, .* not the same scan"):
         joined([rows, [others[0] | {"volume": "3.1"}]])
     with pytest.raises(UsageError, match="several affines: registered, true"):
@@ -449,6 +494,12 @@ def test_claims_hold_where_they_hold():
     assert [c.holds for c in found if "interval above 0" in c.text] == [True, False, False]
     assert held(found, "box profile") == (f"{above['cubic']:+.2f} dB", True)
     assert held(found, "above back-projection") == ("1 of 1", True)
+    level = METHODS.index("back-projection") + 24
+    ties = [
+        row | {"psnr": row["psnr"] if row["method"] != SHIPS else level + int(row["person"][1])}
+        for row in rows()
+    ]
+    assert held(claims.claims(ties), "above back-projection") == ("0 of 1, not 4", False)
     assert held(found, "in their mean by 0.7 dB") == (f"{above['back-projection']:+.2f} dB", True)
     assert held(found, "general network in PSNR") == ("1 of 1, 0 ties", True)
     assert not [c for c in found if "gaussian profile" in c.text]  # there is none
@@ -464,7 +515,7 @@ def test_claims_hold_where_they_hold():
     assert held(claims.claims(other), "linear and cubic in psnr") == ("0 of 1, not 4", False)
     # So is one of whom there is no scan: the gate has sent it to another class.
     other = [row | {"class": 4 if row["person"] != "p0" else 5} for row in rows()]
-    lacking = "2 of 2; class 4 lacks 1 person"
+    lacking = "2 of 2; class 4 lacks 1 person; class 5 lacks 3 persons"
     assert held(claims.claims(other), "linear and cubic in psnr") == (lacking, False)
     other = [row | {"class": 4 if row["person"] != "p0" else 1} for row in rows()]
     lacking = "1 of 1; class 4 lacks 1 person"
@@ -472,9 +523,9 @@ def test_claims_hold_where_they_hold():
 
 
 def test_claims_of_dice_and_of_heads():
-    dice = {"linear": 0.8, "general": 0.86, "expert": 0.86, SHIPS: 0.86}
+    dice = {"linear": 0.8, "general": 0.902, "expert": 0.902, SHIPS: 0.902}
     found = [
-        row | {"dice": dice.get(row["method"], ""), "dice_floor": 0.9, "dice_manual": 0.7,
+        row | {"dice": dice.get(row["method"], ""), "dice_floor": 0.97, "dice_manual": 0.7,
                "head_detail": 1.0 if row["method"] == SHIPS else 0.5}
         for row in rows()
     ]  # fmt: skip
@@ -483,6 +534,16 @@ def test_claims_of_dice_and_of_heads():
     assert held(told, "class 4: Dice gap") == ("60.00%", True)
     assert held(told, "manual classes") == ("1 of 1", True)
     assert held(told, "outside the brain") == ("1.00, cubic 0.50", True)
+    # A floor below linear, or on it, closes nothing; nor does a gain that the segmenter may be off.
+    for floor in (0.75, 0.8):
+        lower = claims.claims([row | {"dice_floor": floor} for row in found])
+        text = "linear is at the floor; the gain is below twice the floor"
+        assert held(lower, "class 4: Dice gap") == (text, False)
+    little = {"linear": 0.8, SHIPS: 0.81}
+    small = [row | {"dice": little.get(row["method"], row["dice"]), "dice_floor": 0.82}
+             for row in found]  # fmt: skip
+    text = "50.00%; the gain is below twice the floor"
+    assert held(claims.claims(small), "class 4: Dice gap") == (text, False)
     for row in found[: len(METHODS)]:  # of one person, who has no Dice
         row |= {"dice": "", "dice_floor": "", "dice_manual": "", "head_detail": ""}
     told = claims.claims(found)

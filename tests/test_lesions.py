@@ -2,6 +2,7 @@
 
 import hashlib
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from remix_bids.evaluation.rows import read_rows, write_rows
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.experts.registry import load_registry
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import load_bank
+from remix_bids.simulation.acquisition import load_bank, save_bank
 from remix_bids.spatial import WORKING_GRID
 from remix_bids.training.trainer import save_network
 from tests.commands import has_ended, run
@@ -293,19 +294,48 @@ def test_a_killed_process_ends_the_evaluation(prepared, tmp_path, capsys):
     args[2] = tmp_path / "other.tsv"
     assert main([str(a) for a in (*args, 0, *killer)]) == 1
     assert "a process of the evaluation was killed" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as refused:
-        main([str(a) for a in (*args, 0, "--classes", 9)])
-    assert refused.value.code == 2
-    assert main([str(a) for a in (*args, 0, "--labels", folder)]) == 2
-    assert "add --dice" in capsys.readouterr().err
-    assert main([str(a) for a in (*args, 0, "--dice", "--labels", folder)]) == 2
-    assert "_desc-tissues_dseg.nii.gz" in capsys.readouterr().err
-    assert main([str(a) for a in (*args, 0, "--bank", folder)]) == 2
-    assert "there is no bank" in capsys.readouterr().err
-    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t30\n")
-    assert main(["table", str(tmp_path / "t"), str(tmp_path / "participants.tsv")]) == 2
-    assert "lacks person, drawn" in capsys.readouterr().err
     assert (tmp_path / "rows.tsv").read_text() == before
+
+
+def test_what_evaluate_and_table_refuse(prepared, tmp_path, capsys):
+    folder, experts = prepared
+
+    def told(*arguments):
+        assert main([str(a) for a in arguments]) == 2
+        return capsys.readouterr().err
+
+    def evaluate(*options, methods=("--methods", "linear")):
+        begin = ("evaluate", folder, tmp_path / "rows.tsv", "--experts-dir", experts)
+        return told(*begin, *methods, *options)
+
+    for wrong in (("--classes", "9"), ("--nprocs", "0"), ("--geometries", "-1")):
+        with pytest.raises(SystemExit) as refused:
+            evaluate(*wrong)
+        assert refused.value.code == 2
+    assert "add --dice" in evaluate("--labels", folder)
+    assert "_desc-tissues_dseg.nii.gz" in evaluate("--dice", "--labels", folder)
+    assert "there is no bank" in evaluate("--bank", folder)
+    copy = ("--method-command", "copy=cp {input} {output}")
+    assert "name copy is taken" in evaluate(*copy, *copy)
+    named = ("--method-command", "expert=cp {input} {output}")
+    assert "name expert is taken" in evaluate(*named)
+    assert "--noise 0.01: back-projection is not" in evaluate("--noise", "0.01", methods=())
+    assert "add --split validation" in evaluate("--tune", methods=())
+    own = tmp_path / "protocol.toml"
+    assert "No such file" in evaluate("--protocol", own)
+    own.write_text("noise = [0")
+    assert f"--protocol {own}: " in evaluate("--protocol", own)
+    own.write_text("noise = [0]")
+    assert "lacks revision, seed" in evaluate("--protocol", own)
+    assert not (tmp_path / "rows.tsv").exists()
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t30\n")
+    assert "lacks person, image" in told("table", tmp_path / "t", tmp_path / "participants.tsv")
+    agreed = tmp_path / "agreed.json"
+    coarse = [g for g in load_bank() if g.grid.voxel_sizes.min() >= 1]
+    save_bank([replace(g, held_out=True) for g in coarse], agreed)
+    gates = ("gates", folder, tmp_path / "gates.tsv", "--experts-dir", experts, "--bank", agreed)
+    assert "both gates choose alike" in told(*gates)
+    assert not (tmp_path / "gates.tsv").exists()
 
 
 def test_rows_that_were_there_stay_until_they_are_written_again(tmp_path):

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from remix_bids import __version__, workers
+from remix_bids.cli.parser import positive
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
 
 CLASSES = list(range(1, 8))
@@ -145,6 +146,7 @@ def write_tables(rows: list[dict], path: Path) -> None:
     from remix_bids.evaluation.plot import plot
 
     tables = claims.to_markdown(rows) + "\n" + table.to_markdown(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(tables + "\n")
     plot(rows, path.with_suffix(".svg"))
     print(tables)
@@ -180,12 +182,15 @@ def table(args: argparse.Namespace) -> None:
 def _named_commands(options: list[str]) -> dict[str, str]:
     """``NAME=COMMAND`` options."""
     from remix_bids.evaluation.external import parse_command
+    from remix_bids.evaluation.settings import METHODS
 
-    commands = {}
+    commands: dict[str, str] = {}
     for option in options:
         name, _, command = option.partition("=")
         if not name or not command:
             raise UsageError(f"--method-command {option!r}: write NAME=COMMAND")
+        if name in METHODS or name in commands:
+            raise UsageError(f"--method-command {option!r}: the name {name} is taken, use another")
         parse_command(command)
         commands[name] = command
     return commands
@@ -197,7 +202,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.run import manual_labels
-    from remix_bids.evaluation.settings import ATROPOS, METHODS, Settings
+    from remix_bids.evaluation.settings import ATROPOS, BACK_PROJECTION, METHODS, Settings
     from remix_bids.evaluation.table import best_back_projection
     from remix_bids.experts.registry import load_registry
     from remix_bids.registration.affine import Templates
@@ -209,8 +214,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UsageError(f"--methods {names}: choose from {', '.join(METHODS)}")
     if args.methods and args.tune:
         raise UsageError("--tune measures back-projection only: leave out --methods")
-    shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
-    protocol = tomllib.loads((args.protocol or shipped).read_text())
+    if args.tune and args.split == "held_out":
+        raise UsageError("--tune: choices are made on other persons, add --split validation")
+    protocol = _protocol(args.protocol)
     most = protocol["geometries_per_person"]
     if args.geometries:
         protocol["geometries_per_person"] = args.geometries
@@ -220,6 +226,13 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.segmenter_command:
         parse_command(args.segmenter_command)
     noise = protocol["noise"] if args.noise is None else args.noise
+    methods = args.methods or METHODS
+    untuned = {*map(float, noise)} - {*map(float, protocol["noise"])}
+    if untuned and BACK_PROJECTION in methods and not args.tune:
+        raise UsageError(
+            f"--noise {', '.join(f'{level:g}' for level in sorted(untuned))}: back-projection is "
+            "not tuned for it; leave it out by --methods, or name a --protocol that is"
+        )
     if args.bank:
         geometries(args.bank, held_out=args.split == "held_out")  # refuses a bank without any
         protocol["bank"] = hashlib.sha256(args.bank.read_bytes()).hexdigest()  # decides the rows
@@ -256,7 +269,7 @@ def evaluate(args: argparse.Namespace) -> None:
         segmenter=segmenter,
         labels=args.labels,
         templates=Templates(args.template, args.template_mask) if args.template else None,
-        methods=args.methods or METHODS,
+        methods=methods,
     )
     rows = run(todo, settings, args.output, nprocs=args.nprocs)
     if args.tune:
@@ -268,15 +281,29 @@ def evaluate(args: argparse.Namespace) -> None:
     write_tables(rows, args.output)
 
 
+def _protocol(path: Path | None = None) -> dict:
+    """A protocol, by default the shipped one."""
+    shipped = resources.files("remix_bids.data").joinpath("protocol.toml").read_text()
+    protocol = tomllib.loads(shipped)
+    if path is not None:
+        try:
+            own = tomllib.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--protocol {path}: {error}") from error
+        if lacking := [key for key in protocol if key not in own]:
+            raise UsageError(f"--protocol {path} lacks {', '.join(lacking)}")
+        protocol = own
+    return protocol
+
+
 def _protocol_and_persons(args: argparse.Namespace) -> tuple[dict, list]:
     from remix_bids.training.dataset import load_persons
 
-    shipped = Path(str(resources.files("remix_bids.data").joinpath("protocol.toml")))
     # Nothing tells brain from scalp in a head: lesions might come to lie there.
     persons = [p for p in load_persons(args.prepared, args.split) if not p.head]
     if not persons:
         raise UsageError(f"{args.prepared} holds no brains of the split {args.split!r}")
-    return tomllib.loads(shipped.read_text()), persons[: args.persons]
+    return _protocol(), persons[: args.persons]
 
 
 def _write_table(args: argparse.Namespace, table: str) -> None:
@@ -342,7 +369,10 @@ def _add_experiment(p: argparse.ArgumentParser, persons: int | None) -> None:
     p.add_argument("output", type=Path, help="TSV of all rows; the table goes to .md beside it")
     p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
     p.add_argument(
-        "--persons", type=int, default=persons, help=f"only so many (default: {persons or 'all'})"
+        "--persons",
+        type=positive,
+        default=persons,
+        help=f"only so many (default: {persons or 'all'})",
     )
     p.add_argument("--noise", type=float, default=0.0, help="Rician; default: none")
     _add_origins(p)
@@ -374,7 +404,7 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--template-mask", type=Path, required=True, help="its brain mask")
     p.add_argument("--recipe", type=Path, help="default: the shipped one")
     p.add_argument("--test", action="store_true", help="all persons are held out: for `evaluate`")
-    p.add_argument("--nprocs", type=int, default=1)
+    p.add_argument("--nprocs", type=positive, default=1)
     p.set_defaults(run=prepare)
 
     p = commands.add_parser("train", help=train.__doc__)
@@ -407,9 +437,11 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--protocol", type=Path, help="default: the shipped one")
     p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
     p.add_argument("--classes", type=int, nargs="+", default=CLASSES, choices=CLASSES)
-    p.add_argument("--persons", type=int, help="only so many")
+    p.add_argument("--persons", type=positive, help="only so many")
     p.add_argument("--noise", type=float, nargs="+", help="default: the protocol's levels")
-    p.add_argument("--geometries", type=int, help="per person and class; default: the protocol's")
+    p.add_argument(
+        "--geometries", type=positive, help="per person and class; default: the protocol's"
+    )
     p.add_argument(
         "--every-expert",
         action="store_true",
@@ -449,7 +481,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="also this program: 'synthsr=mri_synthsr --i {input} --o {output}'",
     )
     _add_origins(p)
-    p.add_argument("--nprocs", type=int, default=1)
+    p.add_argument("--nprocs", type=positive, default=1)
     p.set_defaults(run=evaluate)
 
     p = commands.add_parser("lesions", help=lesions.__doc__)
@@ -459,7 +491,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("gates", help=gates.__doc__)
     _add_experiment(p, persons=None)
-    p.add_argument("--geometries", type=int, help="only so many, spread over all")
+    p.add_argument("--geometries", type=positive, help="only so many, spread over all")
     p.set_defaults(run=gates)
 
     p = commands.add_parser("table", help=table.__doc__)

@@ -45,7 +45,7 @@ def _memory(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
     return int(text)
@@ -215,13 +215,13 @@ def build_parser() -> argparse.ArgumentParser:
     means = parser.add_argument_group("resources")
     means.add_argument(
         "--nprocs",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="processors to use in all (default: what the control group or Slurm allows)",
     )
     means.add_argument(
         "--omp-nthreads",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="processors for one step of one scan (default: at most 4)",
     )
@@ -245,7 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
     means.add_argument("--device", type=_device, help="auto (default), cpu, cuda or cuda:N")
     means.add_argument(
         "--n-gpu-procs",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="steps that may use the graphics card at the same time (default: 1)",
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from remix_bids.errors import UsageError
 from remix_bids.evaluation.metrics import correlation, eroded, psnr
 from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
@@ -59,8 +60,8 @@ def run_gates(
 ) -> Iterator[list[dict]]:
     """Both gates on every held-out geometry of a bank that they disagree upon.
 
-    Geometries are dealt to the persons in turn. Yields three rows for each: cubic interpolation,
-    and the expert of either gate.
+    Geometries are dealt to the persons in turn. Three rows for each: cubic interpolation, and the
+    expert of either gate.
 
     Parameters
     ----------
@@ -72,12 +73,20 @@ def run_gates(
         See `remix_bids.evaluation.restore.see`.
     erosion : int
         Voxels taken off the brain inside which errors count.
+
+    Raises
+    ------
+    UsageError
+        If there are none.
     """
     registry = registry_of(experts_dir)
     todo = disagreements(registry, geometries(bank, held_out=True))
+    if not todo:
+        raise UsageError(f"{bank}: both gates choose alike for all that is held out; try another")
     if limit is not None and limit < len(todo):
         todo = [todo[i] for i in np.linspace(0, len(todo) - 1, limit).astype(int)]
-    for number, case in enumerate(todo):
+
+    def compare(number: int, case: Disagreement) -> list[dict]:
         person = persons[number % len(persons)]
         rng = np.random.default_rng([seed, number])
         acquisition = place(case.geometry, person.world, rng)
@@ -98,7 +107,7 @@ def run_gates(
             case.paper,
             case.effective,
         )
-        yield [
+        return [
             {
                 "person": person.name,
                 "geometry": number,
@@ -115,6 +124,8 @@ def run_gates(
             }
             for gate, method in (("none", CUBIC), *names.items())
         ]
+
+    return (compare(number, case) for number, case in enumerate(todo))
 
 
 def to_markdown(rows: Sequence[dict]) -> str:

@@ -14,7 +14,8 @@ from remix_bids.evaluation.settings import BACK_PROJECTION, EXPERT, SHIPS, Setti
 SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
 """What a row tells of the scan."""
 COLUMNS = (
-    *("person", "drawn", "number", "noise", "affine", "setup", "method", "psnr", "segmenter"),
+    *("person", "image", "drawn", "number", "noise", "affine", "setup", "method", "psnr"),
+    "segmenter",
     *SCAN,
 )
 """Without these a table is not one of `evaluate`, or of an earlier version."""
@@ -58,8 +59,8 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     ------
     UsageError
         If they were measured with other experts, another protocol, the other affine, another
-        segmenter, of other methods, without Dice that is to be found now, or on cases that are
-        not to be run now: writing the file anew would lose them.
+        segmenter, on another preparation of a person, of other methods, without Dice that is to be
+        found now, or on cases that are not to be run now: writing the file anew would lose them.
     """
     if rows and not {*COLUMNS} <= {*rows[0]}:
         raise UsageError("the output is not a table of this version; name another file")
@@ -83,6 +84,13 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
             "the output holds rows of other experts, of another protocol or of the other affine; "
             "name another file, or remove this one"
         )
+    images = {case.person.name: case.person.digest for case in cases}
+    for row in rows:
+        if images.get(row["person"], row["image"]) != row["image"]:
+            raise UsageError(
+                f"the output holds rows of another preparation of {row['person']}; name another "
+                "file, or remove this one"
+            )
     most = max(map(len, found.values()), default=0)
     wanted = {case.key: case for case in cases}
     for key, own in found.items():
@@ -127,16 +135,20 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     Raises
     ------
     UsageError
-        If rows are of several protocols, affines or segmenters, those of one method in one class
-        of several networks, iterations or commands, a case is not the same scan in all runs, or
-        cases lack a method, or its Dice, that others have: a mean over such rows would mislead.
+        If rows are of several protocols, affines or segmenters, those of one person of several
+        preparations, those of one method in one class of several networks, iterations or commands,
+        a case is not the same scan in all runs, or cases lack a method, or its Dice, that others
+        have: a mean over such rows would mislead.
     """
     cases: dict[tuple, dict[str, dict]] = {}
     every = [row for table in tables for row in table]
     for name, what in (("affine", "affines"), ("segmenter", "segmenters")):
         if len(kinds := {row[name] for row in every} - {""}) > 1:
             raise UsageError(f"the rows are of several {what}: {', '.join(sorted(kinds))}")
+    images: dict[str, str] = {}
     for row in every:
+        if images.setdefault(row["person"], row["image"]) != row["image"]:
+            raise UsageError(f"the rows are of several preparations of {row['person']}")
         case = cases.setdefault(row_key(row), {})
         before = case.get(row["method"], {})
         if before.get("setup") == row["setup"]:
@@ -162,14 +174,15 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
             f"{len(lacking)} of {len(cases)} cases lack methods that others have, the first "
             f"{', '.join(sorted(names))} for {_told(key)}: run evaluate for them, too"
         )
-    segmented = {row["method"] for row in rows if row["dice"]}
-    for key, methods in cases.items():
-        without = {name for name in segmented if not methods[name]["dice"]}
-        if without and without != segmented:
-            raise UsageError(
-                f"{', '.join(sorted(without))} for {_told(key)} lacks the Dice that other methods "
-                "have: run evaluate --dice for it, too"
-            )
+    for column, option in (("dice", "--dice"), ("dice_manual", "--dice --labels")):
+        segmented = {row["method"] for row in rows if row.get(column)}
+        for key, methods in cases.items():
+            without = {name for name in segmented if not methods[name][column]}
+            if without and without != segmented:
+                raise UsageError(
+                    f"{', '.join(sorted(without))} for {_told(key)} lacks the Dice that other "
+                    f"methods have: run evaluate {option} for it, too"
+                )
     return rows
 
 

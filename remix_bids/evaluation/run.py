@@ -201,6 +201,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     klass = registry.select(acquisition.volume).name
     about = {
         "person": case.person.name,
+        "image": case.person.digest,
         "drawn": case.drawn,
         "number": case.number,
         "class": klass,

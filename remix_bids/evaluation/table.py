@@ -48,11 +48,11 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return float(low), float(high)
 
 
-def best_back_projection(rows: Sequence[dict]) -> dict[float, list[list[float]]]:
-    """Of the tuning rows: iterations and step of back-projection with the best PSNR, by noise."""
-    best: dict[float, list[list[float]]] = {}
+def best_back_projection(rows: Sequence[dict]) -> dict[float, dict[int, list[float]]]:
+    """Of the tuning rows: iterations and step with the best PSNR, by noise and class."""
+    best: dict[float, dict[int, list[float]]] = {}
     for noise in sorted({float(row["noise"]) for row in rows}):
-        best[noise] = []
+        best[noise] = {}
         for k in sorted({int(row["class"]) for row in rows}):
             where = {"noise": noise, "class": k}
             methods = sorted({row["method"] for row in rows})
@@ -60,7 +60,7 @@ def best_back_projection(rows: Sequence[dict]) -> dict[float, list[list[float]]]
                 np.mean(list(by_person(rows, "psnr", method=m, **where).values())) for m in methods
             ]
             iterations, step = methods[int(np.argmax(means))].split(" x ")
-            best[noise].append([int(iterations), float(step)])
+            best[noise][k] = [int(iterations), float(step)]
     return best
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,12 @@ class Person:
     def serves(self, k: int) -> bool:
         """Whether the image is a truth for scans of class ``k``."""
         return not self.coarse or k in COARSE_CLASSES
+
+    @cached_property
+    def digest(self) -> str:
+        """First digits of a sha256 of image and affine, which tell one preparation from another."""
+        data = self.image.cpu().numpy().tobytes() + np.asarray(self.world, dtype=float).tobytes()
+        return hashlib.sha256(data).hexdigest()[:8]
 
     @property
     def study(self) -> str:
