@@ -11,7 +11,7 @@ import torch
 
 from remix_bids.errors import UsageError
 from remix_bids.evaluation import claims
-from remix_bids.evaluation.cases import cases, segmented_once, with_every_expert
+from remix_bids.evaluation.cases import cases, fine_enough, segmented_once, with_every_expert
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
     correlation,
@@ -218,7 +218,12 @@ def test_dice_needs_as_many_scans_however_many_geometries_are_read():
 
 def test_a_coarse_image_is_no_truth_for_thin_slices():
     person = replace(people(1)[0], voxel_sizes=(1.0, 1.333, 1.333))
-    assert {c.drawn for c in cases([person], protocol(), range(1, 8), [0.0])} == {3, 4, 5, 6, 7}
+    todo = cases([person], protocol(), range(1, 8), [0.0])
+    assert {c.drawn for c in todo} == {3, 4, 5, 6, 7}
+    # What class 3 draws from reaches down to scans of expert 2.
+    fine = fine_enough(todo, lambda volume: "2" if volume < 3 else "3")
+    assert {c.key for c in fine} == {c.key for c in todo if c.acquisition().volume >= 3}
+    assert 0 < len(fine) < len(todo)
 
 
 def test_no_training_geometry_is_held_out():

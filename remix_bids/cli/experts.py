@@ -198,7 +198,13 @@ def _named_commands(options: list[str]) -> dict[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the experts with interpolation and back-projection, by the protocol."""
-    from remix_bids.evaluation.cases import cases, segmented_once, with_every_expert
+    from remix_bids.evaluation.cases import (
+        Case,
+        cases,
+        fine_enough,
+        segmented_once,
+        with_every_expert,
+    )
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.run import manual_labels
@@ -236,16 +242,18 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.bank:
         geometries(args.bank, held_out=args.split == "held_out")  # refuses a bank without any
         protocol["bank"] = hashlib.sha256(args.bank.read_bytes()).hexdigest()  # decides the rows
-    todo = cases(persons, protocol, args.classes, noise, args.bank)
     registry = load_registry(args.experts_dir)
 
     def expert(volume: float) -> str:
         return registry.select(volume).name
 
+    def drawn(number: int) -> list[Case]:
+        often = protocol | {"geometries_per_person": number}
+        return fine_enough(cases(persons, often, args.classes, noise, args.bank), expert)
+
+    todo = drawn(protocol["geometries_per_person"])
     if args.every_expert:
-        often = protocol | {"geometries_per_person": most}
-        more = cases(persons, often, args.classes, noise, args.bank)
-        todo = with_every_expert(todo, more, expert)
+        todo = with_every_expert(todo, drawn(most), expert)
     todo = segmented_once(todo, expert)
     if not todo:
         raise UsageError("no person is fine enough for these classes: nothing to evaluate")

@@ -125,6 +125,14 @@ Expert = Callable[[float], str]
 """Which expert serves an effective voxel volume (mm3)."""
 
 
+def fine_enough(todo: Sequence[Case], expert: Expert) -> list[Case]:
+    """The cases whose person is a truth for the expert that the scan goes to, too.
+
+    The range of voxel volumes that class 3 draws from reaches down to those of expert 2.
+    """
+    return [c for c in todo if c.person.serves(int(expert(c.acquisition().volume)))]
+
+
 def with_every_expert(chosen: Sequence[Case], more: Sequence[Case], expert: Expert) -> list[Case]:
     """Cases, and of further ones the first of each person for every expert that has none yet.
 
