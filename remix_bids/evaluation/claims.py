@@ -10,6 +10,7 @@ import numpy as np
 
 from remix_bids.evaluation.settings import EXPERT, SHIPS
 from remix_bids.evaluation.table import (
+    bootstrap_interval,
     by_person,
     classes_of,
     markdown_table,
@@ -99,10 +100,14 @@ def _of_fidelity(rows: Sequence[dict], noisy: bool) -> Iterator[Claim]:
             gain = _mean([_mean(paired_gain(own, "psnr", "cubic", k)) for k in classes_of(own)])
             text = f"{_named(classes_of(own))}, {profile} profile: PSNR above cubic by {least} dB"
             yield Claim(text, f"{gain:+.2f} dB", gain >= least)
-    gains = {k: _mean(paired_gain(rows, "psnr", "back-projection", k)) for k in classes}
-    text = f"{named}: PSNR above back-projection by more than {TIE} dB"
-    yield Claim(text, *_with_all(_where(lambda k: gains[k] > TIE, classes), lacking))
-    least, mean = ABOVE_BACK_PROJECTION[noisy], _mean(list(gains.values()))
+    gains = {k: paired_gain(rows, "psnr", "back-projection", k) for k in classes}
+
+    def ahead(k: int) -> bool:
+        return _mean(gains[k]) > TIE and bootstrap_interval(gains[k])[0] > 0
+
+    text = f"{named}: PSNR above back-projection by more than {TIE} dB, interval above 0"
+    yield Claim(text, *_with_all(_where(ahead, classes), lacking))
+    least, mean = ABOVE_BACK_PROJECTION[noisy], _mean([_mean(gain) for gain in gains.values()])
     yield Claim(f"in their mean by {least} dB", f"{mean:+.2f} dB", mean >= least)
 
 
