@@ -497,7 +497,7 @@ def test_claims_hold_where_they_hold():
     order = METHODS.index(SHIPS)
     above = {m: float(order - METHODS.index(m)) for m in METHODS}
     found = claims.claims(rows())
-    assert [c.holds for c in found if "interval above 0" in c.text] == [True, False, False]
+    assert [c.holds for c in found if "linear and cubic" in c.text] == [True, False, False]
     assert held(found, "box profile") == (f"{above['cubic']:+.2f} dB", True)
     assert held(found, "above back-projection") == ("1 of 1", True)
     level = METHODS.index("back-projection") + 24
