@@ -16,6 +16,7 @@ from remix_bids.evaluation.table import (
     markdown_table,
     noise_title,
     paired_gain,
+    with_metric,
 )
 from remix_bids.experts.registry import GENERAL
 
@@ -174,8 +175,7 @@ def claims(rows: Sequence[dict]) -> list[Claim]:
     found = [*_of_fidelity(rows, noisy)] if max(classes) > 1 else []
     found += [*_of_class_1(rows)] if 1 in classes else []
     found += _of_experts(rows)
-    segmented = [row for row in rows if row.get("dice") not in (None, "")]
-    heads = [row for row in rows if row.get("head_detail") not in (None, "")]
+    segmented, heads = with_metric("dice", rows), with_metric("head_detail", rows)
     if {"linear", GENERAL, EXPERT, SHIPS} <= {row["method"] for row in segmented}:
         brains = [row for row in rows if row.get("head_detail") in (None, "")]
         lacking = {k: len(_persons(brains, k) - _persons(segmented, k)) for k in classes}

@@ -73,9 +73,9 @@ def to_markdown(rows: Sequence[dict]) -> str:
         for metric, label in METRICS.items():
             lines += [f"**{label}, {title}**", "", *_means(mine, metric), ""]
         for metric, label in WHERE_KNOWN.items():
-            if known := _with(metric, mine):
+            if known := with_metric(metric, mine):
                 lines += [f"**{label}, {title}**", "", *_means(known, metric), ""]
-        segmented = _with("dice_floor", mine)
+        segmented = with_metric("dice_floor", mine)
         if segmented:
             floors = {
                 k: np.mean(list(by_person(segmented, "dice_floor", **{"class": k}).values()))
@@ -85,7 +85,7 @@ def to_markdown(rows: Sequence[dict]) -> str:
             lines += [f"Dice of the segmenter with itself: {told}", ""]
         told = "(mean over persons, 95 % bootstrap interval, persons better)"
         for metric in COMPARED:
-            known = _with(metric, mine)
+            known = with_metric(metric, mine)
             if SHIPS in methods_of(known):
                 lines += [f"**Gain of `{SHIPS}` in {metric}, {title}** {told}", ""]
                 lines += [*_gains(known, metric), ""]
@@ -96,7 +96,7 @@ def to_markdown(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _with(metric: str, rows: Sequence[dict]) -> list[dict]:
+def with_metric(metric: str, rows: Sequence[dict]) -> list[dict]:
     """The rows in which a metric was measured."""
     return [row for row in rows if row.get(metric) not in (None, "")]
 
@@ -170,7 +170,7 @@ def _gains(rows: Sequence[dict], metric: str) -> list[str]:
 
 def _network_against_network(rows: Sequence[dict]) -> list[str]:
     """Seven networks against one, by class and metric."""
-    known = {metric: _with(metric, rows) for metric in COMPARED}
+    known = {metric: with_metric(metric, rows) for metric in COMPARED}
     shown = [m for m, own in known.items() if {EXPERT, GENERAL} <= {*methods_of(own)}]
     body = [
         [
