@@ -11,7 +11,7 @@ import torch
 
 from remix_bids.errors import UsageError
 from remix_bids.evaluation import claims
-from remix_bids.evaluation.cases import cases, fine_enough, segmented_once, with_every_expert
+from remix_bids.evaluation.cases import cases, fine_enough, segmented_first, with_every_expert
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
     correlation,
@@ -209,11 +209,14 @@ def test_dice_needs_as_many_scans_however_many_geometries_are_read():
 
     few = cases(people(), protocol() | {"geometries_per_person": 1}, range(1, 8), [0.0])
     many = cases(people(), protocol(), range(1, 8), [0.0])
-    least = segmented_once(with_every_expert(few, many, expert), expert)
-    marked = [c for c in segmented_once(many, expert) if c.segmented]
+    least = segmented_first(with_every_expert(few, many, expert), expert)
+    marked = [c for c in segmented_first(many, expert) if c.segmented]
     assert all(c.segmented for c in least)
     assert len(few) < len(least) < len(many)
     assert {c.key for c in marked} == {c.key for c in least}
+    three = {c.key for c in segmented_first(many, expert, 3) if c.segmented}
+    assert {c.key for c in many} > three >= {c.key for c in many if c.number < 3}
+    assert all(c.segmented for c in segmented_first(many, expert, 6))
 
 
 def test_a_coarse_image_is_no_truth_for_thin_slices():

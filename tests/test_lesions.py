@@ -313,6 +313,7 @@ def test_what_evaluate_and_table_refuse(prepared, tmp_path, capsys):
             evaluate(*wrong)
         assert refused.value.code == 2
     assert "add --dice" in evaluate("--labels", folder)
+    assert "add --dice" in evaluate("--dice-scans", "2")
     assert "_desc-tissues_dseg.nii.gz" in evaluate("--dice", "--labels", folder)
     assert "there is no bank" in evaluate("--bank", folder)
     copy = ("--method-command", "copy=cp {input} {output}")

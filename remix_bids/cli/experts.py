@@ -202,7 +202,7 @@ def evaluate(args: argparse.Namespace) -> None:
         Case,
         cases,
         fine_enough,
-        segmented_once,
+        segmented_first,
         with_every_expert,
     )
     from remix_bids.evaluation.external import parse_command
@@ -254,13 +254,15 @@ def evaluate(args: argparse.Namespace) -> None:
     todo = drawn(protocol["geometries_per_person"])
     if args.every_expert:
         todo = with_every_expert(todo, drawn(most), expert)
-    todo = segmented_once(todo, expert)
+    todo = segmented_first(todo, expert, args.dice_scans)
     if not todo:
         raise UsageError("no person is fine enough for these classes: nothing to evaluate")
     mask = args.prepared / "strip_mask.npy"
     segmenter = args.segmenter_command or (ATROPOS if args.dice else None)
     if args.labels and not segmenter:
         raise UsageError("--labels are compared with those of a segmenter: add --dice")
+    if args.dice_scans > 1 and not segmenter:
+        raise UsageError("--dice-scans are segmented where Dice is asked for: add --dice")
     for person in persons if args.labels else ():
         if not (file := manual_labels(args.labels, person)).is_file() and not person.head:
             raise UsageError(f"--labels: there is no {file}; use --persons, or leave --labels out")
@@ -467,6 +469,13 @@ def get_parser() -> argparse.ArgumentParser:
         "--dice",
         action="store_true",
         help="segment with ANTs Atropos: one scan of each person and class, and for every expert",
+    )
+    p.add_argument(
+        "--dice-scans",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="segment the first N scans of each person and class",
     )
     p.add_argument(
         "--segmenter-command", help="or with this: 'mri_synthseg --i {input} --o {output}'"

@@ -40,7 +40,7 @@ class Case:
     bank : Path, optional
         Where geometries come from; the shipped bank by default.
     segmented : bool
-        Whether Dice is found if it is asked for; see `segmented_once`.
+        Whether Dice is found if it is asked for; see `segmented_first`.
     """
 
     person: Person
@@ -149,12 +149,12 @@ def with_every_expert(chosen: Sequence[Case], more: Sequence[Case], expert: Expe
     return [*chosen, *added]
 
 
-def segmented_once(todo: Sequence[Case], expert: Expert) -> list[Case]:
+def segmented_first(todo: Sequence[Case], expert: Expert, scans: int = 1) -> list[Case]:
     """The same cases, with those marked that are segmented where Dice is asked for.
 
-    That takes longer than all the rest: the first geometry of a person and class has to do, and
-    further ones only where an expert would have none of the person.
+    That takes longer than all the rest: the first geometry of a person and class has to do, or the
+    first ``scans``, and further ones only where an expert would have none of the person.
     """
-    first = [case for case in todo if case.number == 0]
+    first = [case for case in todo if case.number < scans]
     wanted = {case.key for case in with_every_expert(first, todo, expert)}
     return [replace(case, segmented=case.key in wanted) for case in todo]
