@@ -141,9 +141,13 @@ def test_no_identifier_and_no_date_is_in_a_bank(harvested, tmp_path):
     assert {g.licence for g in harvested[0]} == {"none stated"}
 
 
-def test_harvesting_twice_gives_the_same_bank(harvested, tmp_path):
+def test_harvesting_twice_gives_the_same_bank(harvested, tmp_path, capsys):
     args = ["harvest", str(tmp_path / "bids"), str(tmp_path / "out"), str(tmp_path / "again.json")]
     assert main(args) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("4 geometries (")
+    assert {*re.findall(r"\d+ (?:T1w|T2w|FLAIR)", told)} == {"2 T1w", "1 T2w", "1 FLAIR"}
+    assert "of 3 persons, 0 in part assumed, 1 with an affine to MNI, " in told
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "bank.json").read_bytes()
 
 

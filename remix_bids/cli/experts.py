@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import tomllib
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from types import FrameType
@@ -59,12 +60,14 @@ def harvest(args: argparse.Namespace) -> None:
             licence=args.licence,
         )
     save_bank(bank, args.output)
+    contrasts = ", ".join(f"{n} {name}" for name, n in Counter(g.contrast for g in bank).items())
+    assumed = sum(not g.exact for g in bank)
     held_out = sum(g.held_out for g in bank)
     placed = sum(g.world is not None for g in bank)
     persons = len({g.group for g in bank})
     print(
-        f"{len(bank)} geometries of {persons} persons, {placed} with an affine to MNI, "
-        f"{held_out} held out: {args.output}"
+        f"{len(bank)} geometries ({contrasts}) of {persons} persons, {assumed} in part assumed, "
+        f"{placed} with an affine to MNI, {held_out} held out: {args.output}"
     )
 
 
