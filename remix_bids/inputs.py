@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,8 @@ def collect_scans(config: RunConfig, filters: dict[str, Any]) -> list[Scan]:
         )
     layout = _layout(config, subjects)
     wanted = config.participant_label or tuple(subjects)
+    if config.bids_database_dir is not None:
+        _check_database(config, layout, wanted)
     _check_sessions(config, subjects)
     query: dict[str, Any] = {
         "datatype": "anat",
@@ -146,6 +150,7 @@ def _layout(config: RunConfig, subjects: list[str]) -> Any:
     """A PyBIDS layout of what may be asked for: anatomical files of the chosen participants."""
     from bids import BIDSLayout, BIDSLayoutIndexer
 
+    root = Path(os.path.abspath(config.bids_dir))
     ignore: list[Any] = [
         re.compile(r"^/(code|derivatives|models|sourcedata|stimuli)(/|$)"),
         re.compile(r"/\.[^/]*(/|$)"),
@@ -157,8 +162,9 @@ def _layout(config: RunConfig, subjects: list[str]) -> Any:
         ignore.append(_OtherSubjects(others))
     try:
         return BIDSLayout(
-            config.bids_dir,
+            root,
             validate=False,
+            config=[_entities_below(root)],
             database_path=config.bids_database_dir,
             # Sidecars are read by `read_sidecars`.
             indexer=BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore),
@@ -167,6 +173,43 @@ def _layout(config: RunConfig, subjects: list[str]) -> Any:
         raise UsageError(
             f"{config.bids_dir} cannot be read as a BIDS dataset: {type(error).__name__}: {error}"
         ) from error
+
+
+def _entities_below(root: Path) -> dict[str, Any]:
+    """The configuration of PyBIDS, with entities looked for below the dataset only.
+
+    PyBIDS looks at the whole path: a dataset in ``/data/pet`` would hold nothing but PET.
+    """
+    import bids.layout
+
+    shipped = Path(bids.layout.__file__).parent / "config" / "bids.json"
+    config: dict[str, Any] = json.loads(shipped.read_text())
+    for entity in config["entities"]:
+        entity["pattern"] = rf"^{re.escape(str(root))}.*?(?:{entity['pattern']})"
+    return config
+
+
+def _check_database(config: RunConfig, layout: Any, wanted: Sequence[str]) -> None:
+    """A database that was made earlier is not compared with the dataset by PyBIDS.
+
+    Raises
+    ------
+    UsageError
+        It is one of another dataset.
+    """
+    root = os.path.abspath(config.bids_dir)
+    if any(not Path(path).is_relative_to(root) for path in layout.files):
+        raise UsageError(
+            f"--bids-database-dir {config.bids_database_dir} is of another dataset, or this one "
+            "lay elsewhere when it was made; remove that folder, or name another one"
+        )
+    if lacking := sorted({*wanted} - {*layout.get_subjects()}):
+        LOGGER.warning(
+            "--bids-database-dir %s has no files of sub-%s; remove that folder if the dataset has "
+            "changed since it was made",
+            config.bids_database_dir,
+            ", sub-".join(lacking),
+        )
 
 
 class _OtherSubjects:

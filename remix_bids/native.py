@@ -96,14 +96,14 @@ def to_native_space(
     -------
     image, part, grid
         The output; how much of the residual was laid over each voxel (0 to 1, and 0 outside the
-        field of view); the grid of both, see `native_grid`.
+        field of view, or where there is none); the grid of both, see `native_grid`.
     """
     grid = native_grid(source)
     mapping = index_map(grid, source)
     covered = coverage(mapping, source.shape, grid.shape)
     image = resample(native, mapping, grid.shape, "cubic")
     to_working = index_map(grid, WORKING_GRID, np.linalg.inv(world))
-    part = enhanced_part(to_working, grid.shape) * covered
+    part = enhanced_part(to_working, grid.shape) * covered * bool(residual.any())
     image = image + part * resample(residual, to_working, grid.shape, "cubic")
     if native.min() >= 0:
         image = image.clamp(min=0)  # a spline overshoots at edges, a magnitude does not

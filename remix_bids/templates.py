@@ -1,15 +1,18 @@
 """The template of a run, found once, in the parent process, before the graph runs.
 
-TemplateFlow's cache is looked at directly first: importing TemplateFlow writes into its folder,
-and its download is not atomic.
+TemplateFlow's cache is looked at directly first: importing TemplateFlow writes into its folder. Its
+download is not atomic, so it goes to a folder of its own first.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from remix_bids.errors import MissingResourceError
 
@@ -38,7 +41,9 @@ class Template:
 
 def templateflow_home() -> Path:
     """TemplateFlow's folder, without importing TemplateFlow."""
-    return Path(os.environ.get("TEMPLATEFLOW_HOME") or "~/.cache/templateflow").expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
+    home = os.environ.get("TEMPLATEFLOW_HOME") or f"{cache}/templateflow"
+    return Path(home).expanduser().absolute()
 
 
 def find_template(space: str, *, offline: bool) -> Template:
@@ -88,23 +93,56 @@ def _advice(space: str) -> str:
         "On a machine with a connection run\n"
         f"    python -c \"from templateflow import api; api.get('{space}', resolution=1, "
         "suffix=['T1w', 'mask'], extension='.nii.gz')\"\n"
-        "and copy its TEMPLATEFLOW_HOME (~/.cache/templateflow) here; "
+        "and copy its TEMPLATEFLOW_HOME (~/.cache/templateflow, if nothing else is set) here; "
         "the variable TEMPLATEFLOW_HOME says where it is."
     )
 
 
-def _fetch(space: str) -> None:
-    """Let TemplateFlow download the two files (the one thing a run may use the network for)."""
-    try:
-        from templateflow import api
+_DOWNLOAD = """
+import sys
+from templateflow import api
+api.get(sys.argv[1], resolution=1, desc=None, suffix="T1w", extension=".nii.gz")
+api.get(sys.argv[1], resolution=1, desc="brain", suffix="mask", extension=".nii.gz")
+"""
 
-        api.get(space, resolution=1, desc=None, suffix="T1w", extension=".nii.gz")
-        api.get(space, resolution=1, desc="brain", suffix="mask", extension=".nii.gz")
-    except Exception as error:  # whatever went wrong, the user needs the same advice
+
+def _fetch(space: str) -> None:
+    """Let TemplateFlow download the two files (the one thing a run may use the network for).
+
+    They come into TemplateFlow's folder whole or not at all, whatever becomes of this process, and
+    whoever else fetches them; so does the skeleton of all templates, if it is new.
+    """
+    home = templateflow_home()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=home, prefix=".remix-bids-") as folder:
+            done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
+                [sys.executable, "-c", _DOWNLOAD, space],
+                env={**os.environ, "TEMPLATEFLOW_HOME": folder},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            if done.returncode == 0:
+                problem = ""
+                _move(Path(folder), home)
+    except OSError as error:
+        problem = str(error)
+    if problem:  # whatever went wrong, the user needs the same advice
         raise MissingResourceError(
-            f"template {space} could not be fetched ({type(error).__name__}: {error}). "
-            + _advice(space)
-        ) from error
+            f"template {space} could not be fetched ({problem}). " + _advice(space)
+        )
+
+
+def _move(folder: Path, home: Path) -> None:
+    """Move all files that the other folder lacks, or holds as TemplateFlow's empty stubs."""
+    for path in sorted(folder.rglob("*")):
+        target = home / path.relative_to(folder)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        elif not target.exists() or not target.stat().st_size:
+            path.replace(target)
 
 
 def _nilearn_brain() -> Path:
@@ -124,7 +162,9 @@ def _check(path: Path, space: str = NILEARN_SPACE) -> Path:
         image = nb.load(path)
         data = np.asanyarray(image.dataobj)
     except Exception as error:  # nibabel raises many kinds for a damaged file
-        raise MissingResourceError(f"{path} cannot be read ({error}). {advice}") from error
+        raise MissingResourceError(
+            f"{path} cannot be read ({error}). Remove it. {advice}"
+        ) from error
     if data.ndim != 3 or not data.any():
-        raise MissingResourceError(f"{path} is not an image of one volume. {advice}")
+        raise MissingResourceError(f"{path} is not an image of one volume. Remove it. {advice}")
     return path

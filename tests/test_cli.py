@@ -218,6 +218,7 @@ def test_work_dir_inside(parse, tmp_path, place):
     with pytest.raises(UsageError, match="for example -w"):
         parse("-w", tmp_path / place)
     parse("-w", tmp_path / "bids-work")  # a name that only begins alike is fine
+    parse("-w", tmp_path / place, "--reports-only")  # without intermediate files
 
 
 def test_output_of_another_program(dataset, tmp_path, capsys):
@@ -280,6 +281,27 @@ def test_database_is_made_and_used(parse, tmp_path):
     assert names(config) == NAMES
     assert (tmp_path / "db").is_dir()
     assert names(config) == NAMES
+
+
+def test_a_database_that_does_not_fit_the_dataset(parse, tmp_path, dataset, caplog):
+    config = parse("--bids-database-dir", tmp_path / "db")
+    names(config)
+    make_dataset(dataset, ["sub-03_T1w.nii.gz"])
+    assert names(config) == NAMES
+    assert "no files of sub-03; remove that folder" in caplog.text
+    other = make_dataset(tmp_path / "other", NAMES)
+    with pytest.raises(UsageError, match="is of another dataset"):
+        names(config.with_(bids_dir=other))
+
+
+@pytest.mark.parametrize("above", ["pet", "func", "anat/sub-77", "ses-z/acq-x", "a b (c)+[d]"])
+def test_folders_above_the_dataset_are_no_entities(parse, tmp_path, above):
+    config = parse().with_(bids_dir=make_dataset(tmp_path / above / "bids", NAMES))
+    assert names(config) == NAMES
+    assert names(config.with_(participant_label=("02",))) == NAMES[3:]
+    assert names(config.with_(session_label=("b",))) == NAMES[1:3]
+    assert names(config, {"acquisition": None}) == [NAMES[0], NAMES[3]]
+    assert names(config, {"acquisition": "ax", "run": 2}) == NAMES[2:3]
 
 
 def test_derivatives_and_other_folders_are_left_alone(parse, dataset):
@@ -431,7 +453,8 @@ def test_stop_on_first_crash_and_clean_workdir(tmp_path, capsys):
     from remix_bids.workflows.base import ROOT
 
     bids = make_dataset(tmp_path / "bids", NAMES[:1] + NAMES[3:])
-    for place in (f"w/{ROOT}/old", "w/mine"):
+    of_other_code = tmp_path / "w/remix_bids_01234567_wf"
+    for place in (f"w/{ROOT}/old", "w/mine", of_other_code):
         (tmp_path / place).mkdir(parents=True)
     arguments = [bids, tmp_path / "out", "participant", "-w", tmp_path / "w", "--offline"]
     arguments += ["--output-spaces", "MNI152NLin2009aSym", "--experts-dir", fake_experts(tmp_path)]
@@ -442,6 +465,7 @@ def test_stop_on_first_crash_and_clean_workdir(tmp_path, capsys):
     assert lines[-1].startswith("0 done, 2 failed: ")
     assert any("not run" in line for line in lines)
     assert not (tmp_path / "w" / ROOT / "old").exists()
+    assert not of_other_code.exists()
     assert (tmp_path / "w/mine").exists()  # only what is ours is removed
 
 

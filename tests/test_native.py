@@ -71,8 +71,9 @@ def test_a_scan_of_1_mm_keeps_its_grid_and_its_voxels():
     assert out.shape == source.shape
     np.testing.assert_allclose(out.affine, source.affine, atol=1e-6)
     native = torch.from_numpy(np.random.default_rng(0).random(source.shape, dtype=np.float32))
-    image, _, _ = to_native_space(native, source, np.eye(4), torch.zeros(WORKING_GRID.shape))
+    image, part, _ = to_native_space(native, source, np.eye(4), torch.zeros(WORKING_GRID.shape))
     np.testing.assert_allclose(image, native, atol=2e-3)
+    assert not part.any()  # nothing was there to be added
 
 
 @pytest.mark.parametrize("source", GRIDS.values(), ids=GRIDS)

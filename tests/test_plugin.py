@@ -174,11 +174,16 @@ def test_workers_of_a_killed_run_end_with_it(tmp_path):
 
 def test_a_scan_that_failed_is_not_done_whatever_the_plugin_raises(tmp_path):
     """Nipype's own base of plugins swallows what fails in the parent, such as a full disk."""
-    scans = [Scan(Path(f"/d/sub-{s}_T1w.nii.gz"), s, None, None) for s in ("01", "02")]
-    progress = SimpleNamespace(heard=True, is_done=lambda scan: scan.subject == "01")
+    scans = [Scan(Path(f"/d/sub-{s}_T1w.nii.gz"), s, None, None) for s in ("01", "02", "03")]
+    progress = SimpleNamespace(
+        heard=True,
+        is_done=lambda scan: scan.subject == "01",
+        has_failed=lambda scan: scan.subject == "03",
+    )
     config = RunConfig(Path("/d"), tmp_path, "participant")
     found = _outcome(progress, None, None, config, scans)
     assert (found.done, list(found.failed)) == (scans[:1], scans[1:])
+    assert found.broken == scans[2:]  # the other was not run: what it has from before still counts
     progress.heard = False  # this one says nothing until it raises
     assert _outcome(progress, None, None, config, scans).done == scans
     assert _outcome(progress, None, OSError("full"), config, scans).failed[scans[0]] == "full"

@@ -208,6 +208,44 @@ def test_thick_slices_are_steps():
     assert line[11:].tolist() == [0, 0, 0] or line[10] in (0, 30)
 
 
+def test_what_lies_outside_the_template_is_not_judged(scan):
+    """Beyond the grid nothing was predicted, however much the scan shows there."""
+    affine = scan.acquisition.grid.affine.copy()
+    affine[:3, 3] = WORKING_GRID.affine[:3, 3] + (30, 30, -41)
+    grid = Grid((81, 81, 21), affine)  # slices at -41, -37 ... 39 mm of the grid
+    acquisition = Acquisition(grid, np.eye(4), (1.0, 1.0, 4.0))
+    index = np.indices(SHAPE, dtype=np.float32)[2]
+    image = 100 + 3 * index
+    predicted = consistency.predict(image, np.ones(SHAPE, dtype=bool), acquisition)
+    seen = np.isfinite(predicted).any(axis=(0, 1))
+    assert not seen[:11].any()  # the 11th lies at -1 mm
+    assert seen[13:20].all()
+    neck = np.where(np.arange(21) < 11, 5000, 100 + 3 * (4 * np.arange(21) - 41.0))
+    native = np.broadcast_to(neck, grid.shape).astype(np.float32)
+    args = (image, np.ones(SHAPE, dtype=bool), index < 38)
+    found = consistency.check(native, *args, acquisition, noise=NOISE)
+    assert found.largest < 1
+
+
+def test_negative_intensities_change_nothing(scan):
+    """As of a scan that was centred around its mean: no figure takes 0 for the least value."""
+    shift = -600.0
+    inside = (scan.covered, scan.brain, scan.acquisition)
+
+    def figures(shift):
+        native, kept = scan.native + shift, scan.native[:, :, ::2] + shift
+        image = np.where(scan.covered, scan.low + shift, 0)
+        lowest = min(0.0, float(native.min()))
+        blind = consistency.unknowable(image, *inside, lowest=lowest)
+        return [
+            consistency.energy_share(blind, image, scan.brain),
+            *left_out.compare(native, kept, image, *inside).values(),
+        ]
+
+    assert figures(shift)[0] == pytest.approx(figures(0)[0], abs=0.002)
+    assert figures(shift)[1:] == pytest.approx(figures(0)[1:], abs=0.5)
+
+
 # --- slices left out -----------------------------------------------------------------------------
 
 
@@ -263,6 +301,13 @@ def test_anisotropy_finds_the_blurred_axis():
         blurred = gaussian_filter(noise, sigma)
         assert quality.anisotropy(blurred, cube, axes, axis) < -5
         assert quality.anisotropy(blurred, cube, axes, (axis + 1) % 3) > 2
+    index = np.indices(noise.shape) - 39.5
+    ball = np.sqrt((index**2).sum(axis=0)) < 38
+    values = [
+        quality.anisotropy(gaussian_filter(5 + noise, [0, 0, sigma]), ball, axes, 2)
+        for sigma in (0, 1, 2, 3, 4)
+    ]
+    assert (np.diff(values) < -1).all()  # the border of the brain hides no blur
     turned = np.array([[1, 1, 0], [-1, 1, 0], [0, 0, 1.0]]).T  # native axes need not be ours
     blurred = gaussian_filter(noise, [0, 0, 1.5])
     assert quality.anisotropy(blurred, cube, turned, 2) < -5

@@ -46,8 +46,9 @@ def test_native_image_keeps_world_and_codes(tmp_path, codes):
     image.set_qform(affine, codes[1])
     nb.save(image, scan)
     write_itk_affine(tmp_path / "affine.txt", np.eye(4))
-    for name in ("before", "after"):
-        save_on_working_grid(np.zeros(WORKING_GRID.shape, np.float32), tmp_path / f"{name}.nii")
+    for name, value in (("before", 0), ("after", 1)):
+        flat = np.full(WORKING_GRID.shape, value, np.float32)
+        save_on_working_grid(flat, tmp_path / f"{name}.nii")
     node = ToNative(
         native=str(scan),
         transform=str(tmp_path / "affine.txt"),
@@ -106,6 +107,11 @@ def test_native_sidecar(tmp_path):
     assert not {"SpatialReference", "AffineDeterminant"} & set(found)
     assert found["Expert"] == "5"
     assert found["Interpolation"].startswith("cubic B-spline, once")
+    assert "what was added" in found["Interpolation"]
+    given = write(tmp_path / "a.json", content | {"Expert": "none"})
+    node = DescribeNative(in_file=given, shape=[10, 20, 30], enhanced_fraction=0.0)
+    found = json.loads(Path(outputs(node, tmp_path / "none").out_file).read_text())
+    assert (found["EnhancedFraction"], "added" in found["Interpolation"]) == (0, False)
 
 
 @pytest.mark.parametrize("n", [27, 28])

@@ -298,15 +298,20 @@ def work(job: Job) -> Outcome:
 
     from remix_bids.derivatives import write_dataset_files, write_text
     from remix_bids.reports.boilerplate import write_boilerplate
-    from remix_bids.workflows.base import ROOT, claim_work_dir, log_dir, renew_missing_outputs
+    from remix_bids.workflows.base import (
+        ANY_ROOT,
+        claim_work_dir,
+        log_dir,
+        renew_missing_outputs,
+    )
     from remix_bids.workflows.run import execute
 
     config = job.config
     workflow = build(job)
     try:
         lock = claim_work_dir(config, job.scans)
-        if config.clean_workdir and (config.work_dir / ROOT).exists():
-            shutil.rmtree(config.work_dir / ROOT)
+        for earlier in config.work_dir.glob(ANY_ROOT) if config.clean_workdir else ():
+            shutil.rmtree(earlier)
         write_dataset_files(config.output_dir, config.bids_dir)
         write_boilerplate(config)
         if job.complaints:
@@ -338,7 +343,7 @@ def remove_stale(job: Job, outcome: Outcome) -> None:
     """Remove what earlier runs have left for group table and page, and what is no longer so."""
     from remix_bids.naming import output_names
 
-    stale = [output_names(scan.path, job.template.space).qc for scan in outcome.failed]
+    stale = [output_names(scan.path, job.template.space).qc for scan in outcome.broken]
     if NATIVE not in job.config.output_spaces:
         stale += [output_names(scan.path, job.template.space).native for scan in outcome.done]
     for path in stale:

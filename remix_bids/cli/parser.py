@@ -151,7 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--bids-database-dir",
         type=_path,
         metavar="DIR",
-        help="folder of a PyBIDS database; made there when it does not exist yet",
+        help="folder of a PyBIDS database, made there when it does not exist yet; to be removed "
+        "when the dataset changes",
     )
     what.add_argument(
         "--skip-bids-validation",
@@ -389,6 +390,8 @@ def check_folders(config: RunConfig) -> None:
         raise UsageError(f"the output folder is the input dataset; use for example {suggestion}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"the output folder {out} is a file")
+    if config.analysis_level == "group" or config.reports_only or config.boilerplate_only:
+        return  # without intermediate files
     for name, folder in (("BIDS dataset", bids), ("output folder", out)):
         if work == folder or folder in work.parents:
             raise UsageError(

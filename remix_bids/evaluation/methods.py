@@ -28,16 +28,18 @@ def back_project(
     start: Tensor,
     iterations: int,
     step: float,
+    lowest: float = 0.0,
 ) -> Iterator[Tensor]:
     """Iterative back-projection (Irani and Peleg 1991): x <- x + step B(y - A x).
 
-    A is the acquisition with its true slice profile, B cubic interpolation. Yields every iterate.
+    A is the acquisition with its true slice profile, B cubic interpolation; no value falls below
+    ``lowest``. Yields every iterate.
     """
     x = start
     for _ in range(iterations):
         missing = native - acquire(x, acquisition, grid)
         back = restore_grid(missing, acquisition.grid, acquisition.world, grid)
-        x = (x + step * back.image).clamp(min=0) * back.covered
+        x = (x + step * back.image).clamp(min=lowest) * back.covered
         yield x
 
 

@@ -16,6 +16,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
+from remix_bids.experts.registry import NO_EXPERT
 from remix_bids.interfaces.bids import CUBIC
 from remix_bids.interfaces.resample import brain_on_working_grid, save_on_working_grid
 
@@ -109,7 +110,9 @@ class CheckConsistency(SimpleInterface):
             found = consistency.check(native, enhanced, covered, brain, acquisition)
         except ValueError as error:
             raise InputImageError(f"{self.inputs.native}: {error}") from error
-        blind = consistency.unknowable(enhanced, covered, brain, acquisition)
+        blind = consistency.unknowable(
+            enhanced, covered, brain, acquisition, lowest=min(0.0, float(native.min()))
+        )
         figures = {"scan_noise": found.noise, **_figures(found)}
         share = consistency.energy_share(blind, enhanced, brain & covered)
         figures["unknowable"] = 100 * share
@@ -299,7 +302,9 @@ class DescribeNative(SimpleInterface):
         # Sizes are the person's own here, and the image refers to no template.
         for key in ("SpatialReference", "AffineDeterminant"):
             content.pop(key, None)
-        content["Interpolation"] = f"{CUBIC}; what was added on the template's grid likewise"
+        added = content["Expert"] != NO_EXPERT
+        also = "; what was added on the template's grid likewise" if added else ""
+        content["Interpolation"] = CUBIC + also
         content["EnhancedFraction"] = round(self.inputs.enhanced_fraction, 4)
         path = Path(runtime.cwd) / "native.json"
         self._results["out_file"] = write_json(path, content)

@@ -22,6 +22,7 @@ from remix_bids.evaluation.methods import back_project
 from remix_bids.qc.mosaic import box_around
 from remix_bids.simulation.acquisition import Acquisition, slice_axis
 from remix_bids.simulation.degrade import acquire, restore_grid
+from remix_bids.simulation.estimate import within
 from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import (
     WORKING_GRID,
@@ -125,11 +126,12 @@ def predict(image: np.ndarray, covered: np.ndarray, acquisition: Acquisition) ->
     Returns
     -------
     float32 array of the native shape
-        NaN where the voxel's profile reaches outside of what is covered.
+        NaN where the voxel's profile reaches outside of what is covered, or of the grid.
     """
-    seen = acquire(_tensor(image), acquisition).numpy()
-    reach = acquire(_tensor(covered), acquisition, order="linear").numpy()
-    return np.where(reach >= _SEEN, seen, np.nan).astype(np.float32)
+    seen = acquire(_tensor(image), acquisition)
+    reach = acquire(_tensor(covered), acquisition, order="linear")
+    judged = (reach >= _SEEN) & within(acquisition, WORKING_GRID, seen)
+    return np.where(judged.numpy(), seen.numpy(), np.nan).astype(np.float32)
 
 
 def to_native(mask: np.ndarray, acquisition: Acquisition, grid: Grid = WORKING_GRID) -> np.ndarray:
@@ -214,6 +216,7 @@ def unknowable(
     acquisition: Acquisition,
     *,
     iterations: int = 4,
+    lowest: float = 0.0,
 ) -> np.ndarray:
     """The part of an image that the acquisition could not have told.
 
@@ -229,6 +232,8 @@ def unknowable(
     acquisition : Acquisition
     iterations : int
         The fewer, the more counts as unknowable.
+    lowest : float
+        No image is below it: 0 for magnitudes, else the least value of the scan.
 
     Returns
     -------
@@ -244,7 +249,7 @@ def unknowable(
     part = _tensor(image[box]) * inside
     seen = acquire(part, acquisition, grid)
     start = restore_grid(seen, acquisition.grid, acquisition.world, grid).image * inside
-    steps = back_project(seen, acquisition, grid, start, iterations, 1.0)
+    steps = back_project(seen, acquisition, grid, start, iterations, 1.0, lowest)
     out = np.zeros(image.shape, dtype=np.float32)
     out[box] = ((part - deque(steps, maxlen=1).pop()) * inside).numpy()
     return out * (where & covered)

@@ -39,8 +39,9 @@ def compare(
     -------
     dict
         ``left_out_psnr`` of the expert, taken through the acquisition, and ``left_out_psnr_cubic``
-        of cubic interpolation straight from slice to slice, in dB in the brain (range: 99.5th
-        percentile of the brain); None where no left-out slice shows the brain.
+        of cubic interpolation straight from slice to slice, in dB in the brain (range: from 0, or
+        the scan's least value where that is below, to the brain's 99.5th percentile); None where no
+        left-out slice shows the brain.
     """
     axis = slice_axis(acquisition.grid)
     halved = np.eye(4)
@@ -55,11 +56,11 @@ def compare(
     judged &= left_out.reshape(shape)
     if not judged.any():
         return {"left_out_psnr": None, "left_out_psnr_cubic": None}
-    truth = native[judged]
-    peak = float(np.percentile(truth, 99.5))
+    truth, lowest = native[judged], min(0.0, float(native.min()))
+    peak = float(np.percentile(truth, 99.5)) - lowest
 
     def psnr(values: np.ndarray) -> float:
-        error = float(((np.clip(values[judged], 0, None) - truth) ** 2).mean())
+        error = float(((np.clip(values[judged], lowest, None) - truth) ** 2).mean())
         return float(10 * np.log10(peak**2 / max(error, 1e-12)))
 
     return {"left_out_psnr": psnr(predicted), "left_out_psnr_cubic": psnr(cubic)}

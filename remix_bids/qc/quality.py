@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import fft
-from scipy.ndimage import binary_erosion, convolve1d
+from scipy.ndimage import (
+    binary_erosion,
+    convolve1d,
+    distance_transform_edt,
+    gaussian_filter,
+)
 
 from remix_bids.qc.mosaic import box_around
 
@@ -21,6 +26,9 @@ LOW_BAND, HIGH_BAND = (0.03, 0.12), (0.15, 0.45)
 
 CONE = 0.9
 """Cosine of the angle around an axis within which frequencies count as being along it."""
+
+RIM = 12
+"""Voxels of the brain's border, around whose depth it is faded out for its spectrum."""
 
 _MAD_TO_SIGMA = 1.4826
 
@@ -115,7 +123,8 @@ def directional_power(image: np.ndarray, brain: np.ndarray, axes: np.ndarray) ->
     ----------
     image : (x, y, z) array
     brain : bool array of the same shape
-        Its bounding box is looked at, under a Hann window.
+        It is faded out towards its border: an edge is detail along all axes, however blurred the
+        image.
     axes : (3, 3) array
         Columns are directions in voxel space of ``image``, such as those of the native voxel axes.
 
@@ -125,12 +134,11 @@ def directional_power(image: np.ndarray, brain: np.ndarray, axes: np.ndarray) ->
         Power in `HIGH_BAND` over that in `LOW_BAND` along each direction, in decibels.
     """
     box = box_around(brain, 0)
-    part = np.where(brain[box], image[box], 0).astype(np.float32)
-    part -= part[brain[box]].mean() * brain[box]
-    for axis, n in enumerate(part.shape):
-        shape = [1, 1, 1]
-        shape[axis] = n
-        part = part * np.hanning(n).astype(np.float32).reshape(shape)
+    depth = distance_transform_edt(np.pad(brain[box], 1))[1:-1, 1:-1, 1:-1]
+    rim = min(RIM, depth.max() / 2)
+    weight = gaussian_filter((depth > rim).astype(np.float32), rim / 3, mode="constant")
+    part = image[box].astype(np.float32)
+    part = (part - (part * weight).sum() / weight.sum()) * weight
     padded = [fft.next_fast_len(n, real=True) for n in part.shape]
     power = np.abs(fft.rfftn(part, padded)) ** 2
     lines = [fft.fftfreq(padded[0]), fft.fftfreq(padded[1]), fft.rfftfreq(padded[2])]

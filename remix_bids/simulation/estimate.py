@@ -195,20 +195,34 @@ def make_consistent(
     return image, share
 
 
+def _reach(acquisition: Acquisition) -> np.ndarray:
+    """How far the profile of a voxel reaches along each axis, in voxels (3,)."""
+    return GAUSSIAN_REACH * np.array(acquisition.widths) / acquisition.grid.voxel_sizes
+
+
+def within(acquisition: Acquisition, grid: Grid, like: Tensor) -> Tensor:
+    """Voxels of a scan whose profile does not reach beyond a grid in template space, bool.
+
+    ``like``: a tensor of the native shape, for the device.
+    """
+    mapping = index_map(acquisition.grid, grid, np.linalg.inv(acquisition.world))
+    margin = np.abs(mapping[:3, :3]) @ _reach(acquisition)
+    inside = torch.ones_like(like, dtype=torch.bool)
+    x, y, z = like.shape
+    places = voxel_indices(mapping, (x, y, z), like)
+    for place, rim, n in zip(places, margin, grid.shape, strict=True):
+        inside &= (place >= rim) & (place <= n - 1 - rim)
+    return inside
+
+
 def unexplained(image: Tensor, native: Tensor, acquisition: Acquisition, grid: Grid) -> Tensor:
     """Scan less what a scanner would have seen of an image.
 
     0 for voxels whose profile reaches beyond the grid, or beyond the field of view, where the image
     holds nothing that was measured.
     """
-    mapping = index_map(acquisition.grid, grid, np.linalg.inv(acquisition.world))
-    reach = GAUSSIAN_REACH * np.array(acquisition.widths) / acquisition.grid.voxel_sizes
-    margin = np.abs(mapping[:3, :3]) @ reach
-    inside = torch.ones_like(native, dtype=torch.bool)
-    x, y, z = native.shape
-    places = voxel_indices(mapping, (x, y, z), native)
-    for place, rim, n in zip(places, margin, grid.shape, strict=True):
-        inside &= (place >= rim) & (place <= n - 1 - rim)
+    inside = within(acquisition, grid, native)
+    reach = _reach(acquisition)
     for axis, rim in enumerate(reach - 0.5):
         lost = min(max(0, math.ceil(rim)), native.shape[axis])
         inside.narrow(axis, 0, lost).fill_(False)

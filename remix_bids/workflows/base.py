@@ -39,6 +39,8 @@ def _digest_of_code() -> str:
 
 ROOT = f"remix_bids_{_digest_of_code()}_wf"
 """Other code computes anew: Nipype does not see that it has changed."""
+ANY_ROOT = "remix_bids_????????_wf"
+"""Pattern of `ROOT`, of whatever code."""
 
 
 def init_remix_wf(

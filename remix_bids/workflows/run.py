@@ -31,6 +31,8 @@ class Outcome:
     done : list of Scan
     failed : dict
         Reason (one sentence) of every scan that is not done.
+    broken : list of Scan
+        Of those, the ones that failed themselves; the others were not run.
     missing_resource : bool
         Nothing was done, because a template or expert is missing.
     crash_files : list of Path
@@ -40,6 +42,7 @@ class Outcome:
 
     done: list[Scan] = field(default_factory=list)
     failed: dict[Scan, str] = field(default_factory=dict)
+    broken: list[Scan] = field(default_factory=list)
     missing_resource: bool = False
     crash_files: list[Path] = field(default_factory=list)
     n_run: int | None = None
@@ -95,6 +98,10 @@ class _Progress:
         """Whether all nodes of a scan have come to their end."""
         name = workflow_name(scan.path)
         return name not in self._failed and not self._open[name]
+
+    def has_failed(self, scan: Scan) -> bool:
+        """Whether one of its nodes has."""
+        return workflow_name(scan.path) in self._failed
 
     def scan_of(self, node_name: str) -> Scan | None:
         """The scan that a node works on."""
@@ -199,6 +206,8 @@ def _outcome(
             why = str(error or "not all of its steps came to an end")
             why = "not run: the run was broken off" if outcome.crash_files else why
             outcome.failed[scan] = reasons.get(scan, why)
+            if scan in reasons or progress.has_failed(scan):
+                outcome.broken.append(scan)
     outcome.missing_resource = (
         not outcome.done and bool(kinds) and set(kinds) == {"MissingResourceError"}
     )
