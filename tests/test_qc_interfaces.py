@@ -164,6 +164,10 @@ def test_tables(tmp_path):
     assert "Disagreement with the scan, typical" in page
     assert "enforce" not in page
     assert "Leave slices out" not in page
+    assert "resampled copy" not in page
+    page = consistency_html(figures | {"expert": "none"})
+    assert "<th>resampled copy</th>" in page
+    assert "No network was run" in page
     enforced = figures | {"consistency_nrmse_enforced": 1.25}
     page = consistency_html(enforced | {"left_out_psnr": 21.5, "left_out_psnr_cubic": 21.0})
     assert "<td>1.25</td>" in page

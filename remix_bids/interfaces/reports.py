@@ -18,6 +18,7 @@ from nipype.interfaces.base import (
     traits,
 )
 
+from remix_bids.experts.registry import NO_EXPERT
 from remix_bids.interfaces.qc import load, load_brain, load_scan
 from remix_bids.interfaces.resample import on_working_grid
 from remix_bids.qc import mosaic
@@ -284,8 +285,19 @@ def consistency_html(figures: dict[str, Any]) -> str:
         if enforced:
             row.append(_number(figures[f"{key}_enforced"]) if f"{key}_enforced" in figures else "")
         rows.append([*row, entry["Units"], entry["Better"]])
-    head = ["", "network"] + ["after the consistency step"] * enforced + ["unit", "better is"]
+    copied = figures.get("expert") == NO_EXPERT
+    head = (
+        ["", "resampled copy" if copied else "network"]
+        + ["after the consistency step"] * enforced
+        + ["unit", "better is"]
+    )
     text = _table(head, rows)
+    if copied:
+        text += (
+            "<p>No network was run. A resampled copy that is taken back through the acquisition is "
+            "blurred once more, as any interpolated image is: where it disagrees the scan is "
+            "sharp, which says nothing against the copy.</p>\n"
+        )
     if figures.get("left_out_psnr") is not None:
         expert, cubic = figures["left_out_psnr"], figures["left_out_psnr_cubic"]
         text += (
@@ -338,7 +350,7 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
     why = f"asked for by {sidecar['SelectionRule']}"
     if not sidecar["SelectionRule"].startswith("--expert"):
         why = f"the nearest to {volume}; rule: {sidecar['SelectionRule']}"
-    if expert == "none":
+    if expert == NO_EXPERT:
         why = "all voxel sides are near 1 mm, nothing is to be gained; a resampled copy"
     slices = (
         f"taken to be {EXPECTED:g} times as wide as header and sidecar make likely; too thin to be "
