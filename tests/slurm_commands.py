@@ -2,7 +2,7 @@
 
 Jobs really run, one after the other, in the order of their submission. Called as
 ``slurm_commands.py FOLDER COMMAND ARGUMENT...``; the file FOLDER/away makes that many calls fail
-as if the controller did not answer.
+as if the controller did not answer; while FOLDER/broken is there, jobs fail before they begin.
 """
 
 import os
@@ -39,12 +39,14 @@ def main(folder: Path, command: str, args: list[str]) -> int:
     if command == "sbatch":
         return sbatch(folder, args)
     if command == "squeue":
-        job = re.search(r"--jobs=(\d+)", " ".join(args))[1]
-        if not (folder / job).exists():
+        jobs = re.search(r"--jobs=([\d,]+)", " ".join(args))[1].split(",")
+        known = [job for job in jobs if (folder / job).exists()]
+        if len(jobs) == 1 and not known:  # of several, Slurm leaves out those that it does not know
             print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
             return 1
-        if (folder / job).read_text() in ("PENDING", "RUNNING"):
-            print(job)
+        for job in known:
+            if (folder / job).read_text() in ("PENDING", "RUNNING"):
+                print(job)
     if command == "scontrol":
         print(f"JobId={args[-1]} JobState={(folder / args[-1]).read_text()} Reason=None")
     if command == "scancel":
@@ -60,8 +62,9 @@ def sbatch(folder: Path, args: list[str]) -> int:
         return 1
     job = str(1 + sum(path.name.isdigit() for path in folder.iterdir()))
     log = next(a for a in args if a.startswith("--output="))
+    program = ["false"] if (folder / "broken").exists() else ["bash", args[-1]]
     with open(log.partition("=")[2].replace("%j", job), "w") as file:
-        done = subprocess.run(["bash", args[-1]], stdout=file, stderr=file, check=False)
+        done = subprocess.run(program, stdout=file, stderr=file, check=False)
     killed = done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
     state = "OUT_OF_MEMORY" if killed else "FAILED" if done.returncode else "COMPLETED"
     part = folder / f"part-{os.getpid()}"

@@ -536,12 +536,19 @@ def test_exit_code_is_decided_in_one_place(capsys):
 # --- resources -----------------------------------------------------------------------------------
 
 
-def test_cuda_that_is_not_there(parse):
+def test_cuda_that_is_not_there(parse, tmp_path):
     from remix_bids.resources import resolve_device
 
     with pytest.raises(UsageError, match="CUDA device"):
         resolve_device("cuda:99")
     assert resolve_device("cpu") == "cpu"
+    file = tmp_path / "slurm.yml"  # the card is where the jobs run
+    file.write_text("plugin: SLURM")
+    config = parse("--device", "cuda:99", "--use-plugin", file)
+    assert with_resources(config).device == "cuda:99"
+    file.write_text("plugin: MultiProc")
+    with pytest.raises(UsageError, match="--device cuda:99"):
+        with_resources(config)
 
 
 def test_defaults_are_the_documented_ones():

@@ -62,6 +62,24 @@ def test_a_scan_is_compared_with_its_own_kind():
     assert "median of expert 3" in flag(rows)[0][0]
 
 
+def test_a_few_scans_of_an_expert_are_only_held_against_all_by_what_thickness_does_not_change():
+    rows = cohort(40, ("7",))
+    few = cohort(3, ("3",))
+    for row in few:
+        row |= {"unknowable": 0.0, "residual_energy": 500.0, "network_energy": 500.0}
+    assert not any(flag([*rows, *few]))
+    few[0]["registration_score"] = 0.1
+    assert flag([*rows, *few])[40][0].startswith("Registration score is low")
+
+
+def test_links_lead_to_sections_whatever_the_order_of_entities(tmp_path):
+    rows = cohort(1)
+    rows[0]["bids_name"] = "sub-0000_run-1_acq-x_T1w"
+    write(tmp_path, rows)
+    page, *_ = write_group(tmp_path)
+    assert "sub-0000.html#sub-0000_acq-x_run-1_T1w" in page.read_text()
+
+
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_few_scans_are_not_compared(tmp_path, n):
     rows = cohort(n)

@@ -308,6 +308,10 @@ def test_what_evaluate_and_table_refuse(prepared, tmp_path, capsys):
         begin = ("evaluate", folder, tmp_path / "rows.tsv", "--experts-dir", experts)
         return told(*begin, *methods, *options)
 
+    with pytest.raises(SystemExit) as refused:
+        main(["evaluate", str(folder), str(tmp_path / "table1.md")])
+    assert refused.value.code == 2
+    assert "rows are a .tsv" in capsys.readouterr().err
     for wrong in (("--classes", "9"), ("--nprocs", "0"), ("--geometries", "-1")):
         with pytest.raises(SystemExit) as refused:
             evaluate(*wrong)

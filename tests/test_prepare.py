@@ -3,12 +3,14 @@
 import hashlib
 import json
 
+import nibabel as nb
+import numpy as np
 import pytest
 
 from remix_bids.cli.experts import _coverage
-from remix_bids.errors import RemixError, UsageError
+from remix_bids.errors import InputImageError, RemixError, UsageError
 from remix_bids.registration.affine import Templates
-from remix_bids.training.prepare import prepare
+from remix_bids.training.prepare import load_image, prepare
 
 
 def splits(folder):
@@ -27,6 +29,24 @@ def test_who_is_named_later_is_not_trained_on(tmp_path):
     # Those of another dataset in the same folder are not asked for, and keep theirs.
     prepare({"c": scans["c"]}, templates, tmp_path, validation=[], held_out=["c"])
     assert splits(tmp_path) == {"a": "validation", "b": "held_out", "c": "held_out", "d": "train"}
+
+
+def test_names_may_have_their_prefix_and_strangers_are_told(tmp_path, caplog):
+    rows = [{"name": name, "file": f"{name}.npy", "split": "train"} for name in "ab"]
+    (tmp_path / "persons.json").write_text(json.dumps({"persons": rows}))
+    templates = Templates(tmp_path / "t1w.nii.gz", None)
+    scans = {name: tmp_path / f"{name}.nii.gz" for name in "ab"}
+    prepare(scans, templates, tmp_path, validation=["sub-a"], held_out=["sub-b", "nobody"])
+    assert splits(tmp_path) == {"a": "validation", "b": "held_out"}
+    assert "there is no sub-nobody, whom the recipe names" in caplog.text
+
+
+def test_voxels_that_are_no_numbers_are_refused(tmp_path):
+    data = np.ones((20, 20, 20), np.float32)
+    data[3, 3, 3] = np.nan
+    nb.save(nb.Nifti1Image(data, np.eye(4)), tmp_path / "x.nii.gz")
+    with pytest.raises(InputImageError, match=r"x.nii.gz has 1 voxels that are no finite number"):
+        load_image(tmp_path / "x.nii.gz")
 
 
 def test_who_is_stripped_is_told_by_a_column_or_found_out(tmp_path):

@@ -15,7 +15,7 @@ from remix_bids.interfaces.qc import (
     EnforceConsistency,
     ToNative,
 )
-from remix_bids.interfaces.reports import Tabulate, consistency_html, quality_html
+from remix_bids.interfaces.reports import Tabulate, _number, consistency_html, quality_html
 from remix_bids.interfaces.resample import save_on_working_grid
 from remix_bids.native import native_grid
 from remix_bids.registration.itk import write_itk_affine
@@ -156,6 +156,11 @@ def test_all_figures_in_one_flat_object(tmp_path):
     assert found["snr_after"] is None
     assert found["anisotropy_after"] is None  # not NaN, which JSON does not know
     assert not any(isinstance(value, dict | list) for value in found.values())
+
+
+def test_numbers_are_written_out():
+    told = [_number(value) for value in (None, 0.01234, 999.4, 1234.5, 12345.6)]
+    assert told == ["n/a", "0.0123", "999", "1,234", "12,346"]
 
 
 def test_tables(tmp_path):

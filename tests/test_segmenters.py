@@ -124,6 +124,26 @@ def test_a_bad_command_is_told():
         )
 
 
+def test_what_a_command_prints_and_writes_is_no_riddle(tmp_path):
+    _, image = brain()
+    script = tmp_path / "tool.py"
+
+    def result(make):
+        script.write_text(
+            "import sys, nibabel as nb, numpy as np\n"
+            "sys.stdout.buffer.write(bytes([0xe9]))\n"
+            f"image = nb.load(sys.argv[1]); data = image.get_fdata(); data = {make}\n"
+            "nb.save(nb.Nifti1Image(data, image.affine), sys.argv[2])\n"
+        )
+        return run_command(f"{sys.executable} {script} {{input}} {{output}}", image, GRID)
+
+    np.testing.assert_allclose(result("data")[0], image)  # whatever its letters
+    with pytest.raises(RemixError, match="expected 3, got 2"):
+        result("data[0]")
+    with pytest.raises(RemixError, match="no finite number"):
+        result("data * np.nan")
+
+
 def test_file_names_reach_no_shell():
     assert parse_command("tool {input} {output}; rm x") == [
         "tool",

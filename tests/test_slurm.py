@@ -18,7 +18,9 @@ def slurm(tmp_path, monkeypatch):
 
 
 def run(workflow, **plugin_args):
-    plugin = RemixSLURMPlugin({"job_finished_timeout": 1, **plugin_args})
+    plugin = RemixSLURMPlugin(
+        {"job_finished_timeout": 1, "poll_sleep_duration": 0.1, **plugin_args}
+    )
     try:
         workflow.run(plugin=plugin)
     except Exception as error:
@@ -45,6 +47,26 @@ def test_killed_job_costs_one_node(tmp_path, slurm):
     assert "wf.dying was ended by Slurm (job 1: OUT_OF_MEMORY)" in reason
     assert (tmp_path / "work/wf/after/result_after.pklz").exists()  # the other branch went on
     assert not (tmp_path / "work/wf/never/result_never.pklz").exists()
+
+
+def test_the_result_of_an_earlier_run_is_not_that_of_a_job_that_failed(tmp_path, slurm):
+    assert run(build(tmp_path, negate)) is None
+    workflow = build(tmp_path, negate)
+    workflow.get_node("good").inputs.value = 22
+    (slurm / "broken").touch()  # as a node of the cluster whose environment is missing
+    assert "good" in str(run(workflow))
+
+
+def test_one_look_at_the_queue_serves_all_jobs(tmp_path, slurm):
+    plugin = RemixSLURMPlugin({"poll_sleep_duration": 60})
+    for job in ("1", "2", "3"):
+        (slurm / job).write_text("RUNNING" if job != "2" else "COMPLETED")
+        plugin._pending[int(job)] = str(tmp_path)
+    assert [plugin._is_pending(job) for job in (1, 2, 3)] == [True, False, True]
+    assert (slurm / "calls.txt").read_text().count("squeue") == 1
+    (slurm / "4").write_text("RUNNING")
+    plugin._pending[4] = str(tmp_path)
+    assert plugin._is_pending(4)  # it was not there at the last look
 
 
 def test_controller_that_is_away_is_waited_for(tmp_path, slurm):

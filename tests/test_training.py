@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 
 from remix_bids.cli.experts import main
-from remix_bids.errors import UsageError
+from remix_bids.errors import RemixError, UsageError
 from remix_bids.experts.registry import GENERAL
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank, save_bank
@@ -47,6 +47,7 @@ from remix_bids.training.losses import (
 from remix_bids.training.recipe import (
     EXPERTS,
     NOT_OF_SCHEDULE,
+    _starts,
     begin_with,
     class_weights,
     loss_of,
@@ -579,6 +580,32 @@ def test_what_training_lacks_is_told(prepared, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["recipe.toml"]
 
 
+def test_a_mistake_in_a_recipe_is_told_and_not_copied(prepared, tmp_path, capsys):
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    text = recipe.read_text()
+    for wrong, said in (
+        ("[", "recipe.toml: "),
+        (text.replace("[data]", "[date]"), r"lacks \[data\]"),
+        (text + "\n[stages.6]\nsteps = 1\nstep = 2\n", "has no setting step; there are batch, "),
+        (text + "\n[stages.mine]\nsteps = 1\n", "stage 'mine' lacks its classes"),
+    ):
+        recipe.write_text(wrong)
+        assert main(["train", str(prepared), str(out), "--recipe", str(recipe)]) == 2
+        assert re.search(said, capsys.readouterr().err)
+        assert not (out / "recipe.toml").exists()
+    assert main(["prepare", str(out), str(out), "--recipe", "no.toml", "--template", "x"]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_a_stage_that_has_not_taken_its_steps_is_told(tmp_path, caplog):
+    run(tmp_path / "trunk", 5, 5)
+    _starts("5", {"start": "trunk"}, tmp_path)
+    assert not caplog.text
+    (tmp_path / "trunk/schedule.json").write_text('{"steps": 90}')
+    _starts("5", {"start": "trunk"}, tmp_path)
+    assert "trunk has taken 5 of its 90 steps" in caplog.text
+
+
 def test_persons_too_coarse_for_a_class_are_told(prepared, tmp_path):
     persons = json.loads((prepared / "persons.json").read_text())
     for person in persons["persons"]:
@@ -609,7 +636,22 @@ def test_a_stage_is_never_worse_than_what_it_begins_with(tmp_path):
     good = load_file(str(tmp_path / "good" / "best.safetensors"))
     network = ResidualUNet(widths=(4, 8, 8))
     begin_with(network, good)
-    schedule = Schedule(steps=10, validate_every=5, rate=1.0, **SETTINGS)
+    schedule = Schedule(steps=10, validate_every=5, rate=0.03, **SETTINGS)
     train(network, BlurredNoise(), BlurredNoise(7), schedule, tmp_path / "bad", progress=False)
     best = load_file(str(tmp_path / "bad" / "best.safetensors"))
     assert all(torch.equal(best[key], good[key]) for key in good)
+
+
+def test_numbers_that_are_none_end_a_stage_before_its_checkpoint(tmp_path):
+    class Broken(BlurredNoise):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            sample["volume"][-1] = np.nan
+            return sample
+
+    schedule = Schedule(steps=10, validate_every=5, **SETTINGS)
+    network = ResidualUNet(widths=(4, 8, 8))
+    with pytest.raises(RemixError, match="weights are no finite numbers at step 5 or before"):
+        train(network, Broken(), BlurredNoise(7), schedule, tmp_path, progress=False)
+    kept = load_file(str(tmp_path / "checkpoint.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in kept.values())

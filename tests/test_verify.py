@@ -84,6 +84,17 @@ def test_a_changed_file_is_noticed_and_the_others_are_checked(experts, capsys):
     assert "1 of 8 experts failed" in said.err
 
 
+def test_experts_that_the_table_lacks_are_noticed(experts, capsys):
+    table = experts / "experts.toml"
+    whole = table.read_text()
+    table.write_text(whole[: whole.index("[expert.7]")])
+    assert main(["verify", "--experts-dir", str(experts)]) == 78
+    assert "experts.toml lacks 7, general" in capsys.readouterr().out
+    table.write_text(whole.replace("lower = 3.5", "lower = 3.6"))
+    assert main(["verify", "--experts-dir", str(experts)]) == 78
+    assert "expert 4 serves volumes from 3.6 mm3 on" in capsys.readouterr().out
+
+
 def test_one_changed_weight_is_noticed_by_what_it_computes(experts, capsys):
     """Whoever changes a weight and its checksum still computes something else."""
     record = load_registry(experts)["5"]

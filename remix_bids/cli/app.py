@@ -207,16 +207,16 @@ def with_resources(config: RunConfig) -> RunConfig:
     from remix_bids.resources import available_cpus, available_memory_gb, resolve_device
 
     nprocs = config.nprocs or available_cpus()
-    device = resolve_device(config.device)
+    submits = _submits(config)
+    if submits and config.device.startswith("cuda"):
+        device = config.device  # the card is where the jobs run, and missing there if it is missing
+    else:
+        device = resolve_device(config.device)
     if config.resource_monitor:
         try:
             import psutil  # noqa: F401
         except ImportError:
             raise UsageError("--resource-monitor needs psutil: pip install psutil") from None
-    if config.use_plugin is not None:
-        from remix_bids.workflows.run import read_plugin_file
-
-        read_plugin_file(config.use_plugin)
     return config.with_(
         nprocs=nprocs,
         omp_nthreads=min(config.omp_nthreads or 4, nprocs),
@@ -224,6 +224,15 @@ def with_resources(config: RunConfig) -> RunConfig:
         device=device,
         n_gpu_procs=(config.n_gpu_procs or 1) if device.startswith("cuda") else None,
     )
+
+
+def _submits(config: RunConfig) -> bool:
+    """Whether nodes run elsewhere, as jobs of a scheduler; refuses a plugin file that is wrong."""
+    if config.use_plugin is None:
+        return False
+    from remix_bids.workflows.run import read_plugin_file
+
+    return read_plugin_file(config.use_plugin)["plugin"] not in ("MultiProc", "Linear")
 
 
 def build(job: Job) -> Any:

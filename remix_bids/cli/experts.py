@@ -24,6 +24,14 @@ from remix_bids.errors import MissingResourceError, RemixError, UsageError
 CLASSES = list(range(1, 8))
 
 
+def _rows(text: str) -> Path:
+    """Where rows go; tables and plot come beside them, and must not take their place."""
+    path = Path(text)
+    if path.suffix in (".md", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text}: rows are a .tsv, the tables come beside it")
+    return path
+
+
 def _recipe(path: Path | None) -> Path:
     return path or Path(str(resources.files("remix_bids.data").joinpath("recipe.toml")))
 
@@ -75,8 +83,9 @@ def prepare(args: argparse.Namespace) -> None:
     """Register high-resolution scans to the working grid."""
     from remix_bids.registration.affine import Templates
     from remix_bids.training.prepare import prepare as run
+    from remix_bids.training.recipe import read_recipe
 
-    recipe = tomllib.loads(_recipe(args.recipe).read_text())["persons"]
+    recipe = read_recipe(_recipe(args.recipe), "persons")["persons"]
     scans: dict[str, Path] = {}
     for path in sorted(args.bids_dir.glob("sub-*/**/anat/*_T1w.nii*")):
         person = path.name.split("_")[0].removeprefix("sub-")
@@ -99,11 +108,13 @@ def prepare(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train the stages of a recipe in their order."""
     from remix_bids.training import team
-    from remix_bids.training.recipe import run_recipe
+    from remix_bids.training.recipe import read_recipe, run_recipe
 
     args.output.mkdir(parents=True, exist_ok=True)
     own = args.output / "recipe.toml"
     recipe = _recipe(args.recipe or (own if own.is_file() else None))
+    # Before it is copied: a copy of one that cannot be read would stand in the next run's way.
+    read_recipe(recipe, "network", "data", "stages")
     if team.LEADS and recipe.resolve() != own.resolve():
         shutil.copy(recipe, own)
     run_recipe(
@@ -119,9 +130,9 @@ def train(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Collect trained stages into a folder of experts with its table."""
-    from remix_bids.training.recipe import export_experts
+    from remix_bids.training.recipe import export_experts, read_recipe
 
-    steps = tomllib.loads(_recipe(args.recipe).read_text())["consistency"]["steps"]
+    steps = read_recipe(_recipe(args.recipe), "consistency")["consistency"]["steps"]
     print(export_experts(args.trained, args.output, steps))
 
 
@@ -379,7 +390,7 @@ def _add_origins(p: argparse.ArgumentParser) -> None:
 def _add_experiment(p: argparse.ArgumentParser, persons: int | None) -> None:
     """Arguments that `lesions` and `gates` share."""
     p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
-    p.add_argument("output", type=Path, help="TSV of all rows; the table goes to .md beside it")
+    p.add_argument("output", type=_rows, help="TSV of all rows; the table goes to .md beside it")
     p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
     p.add_argument(
         "--persons",
@@ -446,7 +457,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("evaluate", help=evaluate.__doc__)
     p.add_argument("prepared", type=Path, help="folder that `prepare --test` wrote")
-    p.add_argument("output", type=Path, help="TSV of rows, tables beside it; run again to go on")
+    p.add_argument("output", type=_rows, help="TSV of rows, tables beside it; run again to go on")
     p.add_argument("--protocol", type=Path, help="default: the shipped one")
     p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
     p.add_argument("--classes", type=int, nargs="+", default=CLASSES, choices=CLASSES)

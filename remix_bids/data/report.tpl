@@ -4,7 +4,7 @@
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
-<title>{{ title }}</title>
+<title>{{ title|e }}</title>
 <style>
 body{font-family:sans-serif;margin:0 auto;max-width:1500px;padding:0 1.5em 3em;color:#222;line-height:1.45}
 nav{position:sticky;top:0;background:#fff;border-bottom:1px solid #ccc;padding:.6em 0;z-index:1;overflow-x:auto;white-space:nowrap}
@@ -29,10 +29,10 @@ small,.caption{color:#666}
 </style>
 </head>
 <body>
-<nav>{% for section in sections %}<a href="#{{ section.name }}">{{ section.title }}</a>{% endfor %}</nav>
-<h1>{{ title }}</h1>
+<nav>{% for section in sections %}<a href="#{{ section.name|e }}">{{ section.title }}</a>{% endfor %}</nav>
+<h1>{{ title|e }}</h1>
 {% for section in sections %}
-<section id="{{ section.name }}">
+<section id="{{ section.name|e }}">
 <h1>{{ section.title }}</h1>
 {% for reportlet in section.reportlets %}
 {% if reportlet.subtitle %}<h2>{{ reportlet.subtitle }}</h2>{% endif %}

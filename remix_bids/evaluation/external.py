@@ -67,7 +67,7 @@ def run_command(
         ]
         try:
             done = subprocess.run(  # noqa: S603 - a list of arguments, no shell
-                words, capture_output=True, text=True, check=False
+                words, capture_output=True, text=True, errors="replace", check=False
             )
             if done.returncode:
                 raise RemixError(
@@ -75,8 +75,10 @@ def run_command(
                 )
             result = nb.load(names["output"])
             data = np.asanyarray(result.dataobj).astype(dtype)
-            data = data.reshape(result.shape[:3])  # refuses more than one image
+            x, y, z = result.shape[:3]
+            data = data.reshape(x, y, z)  # refuses more than one image
+            if not np.isfinite(data).all():
+                raise RemixError(f"{template!r} wrote voxels that are no finite number")
+            return data, Grid((x, y, z), result.affine)
         except (OSError, ImageFileError, ValueError) as error:
             raise RemixError(f"{template!r}: {error}") from error
-    x, y, z = data.shape
-    return data, Grid((x, y, z), result.affine)

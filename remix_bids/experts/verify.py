@@ -9,7 +9,10 @@ from pathlib import Path
 from remix_bids.errors import MissingResourceError
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import TOLERANCE, difference, reference_output
-from remix_bids.experts.registry import load_registry
+from remix_bids.experts.registry import GENERAL, Registry, load_registry
+
+CHOSEN = [str(k) for k in range(1, 8)]
+"""The experts that the gate chooses from."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,21 @@ def verify(directory: Path | None = None) -> Iterator[Finding]:
                 "accepted; compare the version of torch"
             )
         yield Finding(good, True, f"{'ok    ' if good else 'FAILED'}  {text}")
+    for text in _gaps(registry):
+        yield Finding(False, False, f"FAILED  {text}")
+
+
+def _gaps(registry: Registry) -> Iterator[str]:
+    """What the gate, or ``--expert``, would look for in vain."""
+    records = {record.name: record for record in registry}
+    if lacking := [name for name in (*CHOSEN, GENERAL) if name not in records]:
+        yield f"experts.toml lacks {', '.join(lacking)}"
+        return
+    bounds = [0.0]
+    for name in CHOSEN:
+        if records[name].lower != bounds[-1]:
+            yield (
+                f"expert {name} serves volumes from {records[name].lower:g} mm3 on, and the one "
+                f"before it up to {bounds[-1]:g}"
+            )
+        bounds.append(records[name].upper)

@@ -248,7 +248,7 @@ class Tabulate(SimpleInterface):
 
 
 def _number(value: Any) -> str:
-    return "n/a" if value is None else f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.3g}"
+    return "n/a" if value is None else f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

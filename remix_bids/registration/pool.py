@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,11 +56,11 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         for child, _log in self.children:
-            if child.stdin:
-                child.stdin.close()
-            if child.stdout:
-                child.stdout.close()
             child.kill()
+            for pipe in (child.stdin, child.stdout):
+                with suppress(OSError):  # what was to be sent to a child that has ended by itself
+                    if pipe:
+                        pipe.close()
             child.wait()
 
     def _start(self) -> None:

@@ -19,13 +19,15 @@ from urllib.parse import quote
 from remix_bids import __version__
 from remix_bids.derivatives import write_text
 from remix_bids.errors import NothingToDoError
+from remix_bids.naming import join_name, split_name
 from remix_bids.qc.dictionary import qc_dictionary
 
 LIMIT = 5.0
 """Robust z-score (median, median absolute deviation) above which a scan is flagged."""
 
 FEWEST = 8
-"""Scans of one expert that are compared among themselves; fewer are compared with all."""
+"""Scans of one expert that are compared among themselves; fewer are compared with all of them, by
+`OF_ALL` only."""
 
 POOREST_COVERAGE = 95.0  # percent of the brain
 
@@ -44,6 +46,8 @@ WATCHED = {
     "noise_after": "high",
     "brain_volume_after": "both",
 }
+OF_ALL = ("registration_score", "affine_determinant", "brain_volume_after")
+"""Those that do not depend on how thick the slices are."""
 FIRST = ("bids_name", "flagged", "reasons", "expert", "voxel_size")
 
 
@@ -84,9 +88,9 @@ def collect(output_dir: Path, participants: Sequence[str] = ()) -> list[dict[str
 def flag(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Why each scan stands out: an empty list where it does not.
 
-    A scan is compared with those of its expert (`FEWEST` of them, or all scans) by the distance to
-    their median in units of 1.4826 median absolute deviations. Warnings and poor coverage count
-    always.
+    A scan is compared with those of its expert by the distance to their median in units of 1.4826
+    median absolute deviations; where there are fewer than `FEWEST` of them, with all scans, by
+    `OF_ALL`. Warnings and poor coverage count always.
     """
     reasons: list[list[str]] = [[] for _ in rows]
     dictionary = qc_dictionary()
@@ -98,9 +102,9 @@ def flag(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         everyone = _numbers(rows, key, range(len(rows)))
         for expert, members in by_expert.items():
             own = _numbers(rows, key, members)
-            group, whose = (
-                (own, f"expert {expert}") if len(own) >= FEWEST else (everyone, "all scans")
-            )
+            group, whose = own, f"expert {expert}"
+            if len(own) < FEWEST and key in OF_ALL:
+                group, whose = everyone, "all scans"
             if len(group) < FEWEST:
                 continue
             middle = median(group)
@@ -212,7 +216,8 @@ def group_html(
     links = []
     for row in rows:
         subject = row["bids_name"].split("_")[0]
-        links.append(f"./{quote(subject)}.html#{quote(row['bids_name'])}")
+        section = join_name(*split_name(row["bids_name"])[:2], "")  # as `individual` names it
+        links.append(f"./{quote(subject)}.html#{quote(section)}")
     data = {
         "columns": list(columns),
         "dictionary": dictionary,

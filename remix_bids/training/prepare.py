@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from remix_bids.errors import RemixError, UsageError
+from remix_bids.errors import InputImageError, RemixError, UsageError
 from remix_bids.registration.affine import Templates, register_affine
 from remix_bids.simulation.intensity import intensity_scale
 from remix_bids.spatial import WORKING_GRID, Grid, coverage, index_map, resample
@@ -25,10 +25,20 @@ LOGGER = logging.getLogger(__name__)
 
 
 def load_image(path: Path) -> tuple[torch.Tensor, Grid]:
-    """A 3D image as float32 tensor, and its grid."""
+    """A 3D image as float32 tensor, and its grid.
+
+    Raises
+    ------
+    InputImageError
+        It holds voxels that are no number: one of them would spoil a whole network.
+    """
     image = nib.load(path)
     x, y, z = image.shape[:3]
     data = np.asarray(image.dataobj, dtype=np.float32).reshape(x, y, z)
+    if bad := int(np.count_nonzero(~np.isfinite(data))):
+        raise InputImageError(
+            f"{path} has {bad} voxels that are no finite number; replace them, with 0 for example"
+        )
     return torch.from_numpy(data), Grid((x, y, z), image.affine)
 
 
@@ -43,6 +53,7 @@ def prepare_person(
         ``image`` (float16, 181 x 217 x 181, 1 is the 99.5th percentile of the foreground),
         ``world``, ``voxel_sizes``, ``head``, ``score`` and ``warnings`` of the registration.
     """
+    native, grid = load_image(path)
     with tempfile.TemporaryDirectory() as folder:
         found = register_affine(
             path,
@@ -53,7 +64,6 @@ def prepare_person(
             sloppy=True,
             work_dir=Path(folder),
         )
-    native, grid = load_image(path)
     mapping = index_map(WORKING_GRID, grid, found.matrix)
     covered = coverage(mapping, grid.shape, WORKING_GRID.shape)
     image = (resample(native, mapping, WORKING_GRID.shape) * covered).clamp(min=0)
@@ -96,7 +106,7 @@ def prepare(
         Receives one ``.npy`` per person, ``strip_mask.npy`` (the template's brain) and
         ``persons.json``.
     validation, held_out : sequence of str
-        Persons who are never trained on.
+        Persons who are never trained on, with or without ``sub-``.
     skull_stripped : mapping of str to bool, optional
         Whether a person's image is a stripped brain, where that is known; found out otherwise.
 
@@ -108,14 +118,25 @@ def prepare(
         If scans could not be prepared; all others are.
     """
 
+    splits = {
+        name.removeprefix("sub-"): split
+        for split, names in (("held_out", held_out), ("validation", validation))
+        for name in names
+    }
+
     def split_of(name: str) -> str:
-        return "validation" if name in validation else "held_out" if name in held_out else "train"
+        return splits.get(name, "train")
 
     known = skull_stripped or {}
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "persons.json"
     rows = json.loads(table.read_text())["persons"] if table.exists() else []
     done = {row["name"] for row in rows}
+    if strangers := sorted({*splits} - {*scans} - done):
+        LOGGER.warning(
+            "there is no sub-%s, whom the recipe names under validation or held_out",
+            ", no sub-".join(strangers),
+        )
     for row in rows:
         if row["name"] in scans:
             scan = scans[row["name"]]

@@ -8,6 +8,7 @@ import logging
 import shutil
 import tomllib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -27,11 +28,60 @@ from remix_bids.simulation.acquisition import CLASS_RANGES, geometries
 from remix_bids.training import team
 from remix_bids.training.dataset import COARSE_MM, Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
-from remix_bids.training.trainer import Schedule, is_finished, read_metadata, train
+from remix_bids.training.trainer import (
+    CHECKPOINT,
+    Schedule,
+    is_finished,
+    read_metadata,
+    train,
+)
 
 LOGGER = logging.getLogger(__name__)
 EXPERTS = [str(k) for k in range(1, 8)]
 NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths", "patches_per_volume")
+
+
+def read_recipe(path: Path, *sections: str) -> dict[str, Any]:
+    """A recipe as it is written, checked as far as a typing error would go.
+
+    Parameters
+    ----------
+    sections : str
+        Those that are needed.
+
+    Raises
+    ------
+    UsageError
+        It cannot be read, lacks a section, or a stage has a setting that there is not.
+    """
+    try:
+        recipe = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the recipe {path}: {error}") from error
+    if lacking := [name for name in sections if name not in recipe]:
+        raise UsageError(f"the recipe {path} lacks [{'], ['.join(lacking)}]")
+    known = {*NOT_OF_SCHEDULE, *(field.name for field in fields(Schedule))} - {"workers"}
+    for stage, settings in recipe.get("stages", {}).items():
+        if unknown := sorted({*settings} - known):
+            raise UsageError(
+                f"the recipe {path}: stage {stage!r} has no setting {', '.join(unknown)}; there "
+                f"are {', '.join(sorted(known))}"
+            )
+        if "steps" not in settings:
+            raise UsageError(f"the recipe {path}: stage {stage!r} lacks its steps")
+        if "classes" not in settings and stage not in EXPERTS:
+            raise UsageError(f"the recipe {path}: stage {stage!r} lacks its classes")
+    return recipe
+
+
+def _warn_if_unfinished(folder: Path) -> None:
+    """A stage keeps its best weights from its start on; these may not be its last ones."""
+    checkpoint, schedule = folder / CHECKPOINT, folder / "schedule.json"
+    if checkpoint.is_file() and schedule.is_file():
+        taken = read_metadata(checkpoint, "progress")["step"]
+        planned = json.loads(schedule.read_text())["steps"]
+        if taken < planned:
+            LOGGER.warning("%s has taken %d of its %d steps", folder, taken, planned)
 
 
 def class_weights(stage: str, settings: dict[str, Any], own_share: float) -> tuple[float, ...]:
@@ -142,6 +192,7 @@ def _starts(stage: str, settings: dict[str, Any], output: Path) -> list[Path]:
                 f"stage {stage} begins with {name}, and there is no {starts[-1]}: train that stage "
                 "first"
             )
+        _warn_if_unfinished(output / name)
     return starts
 
 
@@ -181,7 +232,7 @@ def run_recipe(
         If a stage is unknown or lacks its start, or nobody, or no geometry, is left to train on or
         to validate with.
     """
-    recipe = tomllib.loads(recipe_file.read_text())
+    recipe = read_recipe(recipe_file, "network", "data", "stages")
     data, stages = recipe["data"], recipe["stages"]
     if unknown := set(only or ()) - set(stages):
         names = ", ".join(sorted(unknown))
@@ -277,6 +328,7 @@ def export_experts(trained: Path, output: Path, steps: Sequence[int] = (0,) * 7)
     lines = ["# Written by `remix-experts export`; volumes in mm3.", ""]
     for name in names:
         source = trained / name / "best.safetensors"
+        _warn_if_unfinished(trained / name)
         file = f"expert-{name}.safetensors" if name != GENERAL else "general.safetensors"
         shutil.copyfile(source, output / file)  # readable by all, unlike what safetensors writes
         with safe_open(str(source), framework="pt") as weights:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from remix_bids.errors import UsageError
+from remix_bids.errors import RemixError, UsageError
 from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet, residual_scale
 from remix_bids.training import team
 from remix_bids.training.dataset import Simulator, cut_patch
@@ -385,6 +385,12 @@ def train(
                 recent = []
                 bar.set_postfix(gain=f"{gain:.2f} dB")
             if team.LEADS and (due or state.step % schedule.checkpoint_every == 0):
+                if not all(p.isfinite().all() for p in state.network.parameters()):
+                    raise RemixError(
+                        f"{folder}: weights are no finite numbers at step {state.step} or before; "
+                        "the last checkpoint is of before. Look for voxels that are no numbers, or "
+                        "lower the rate"
+                    )
                 state.save(checkpoint)
         bar.close()
     team.wait()  # the next stage begins with what the first process has written

@@ -9,6 +9,7 @@ with a crash file, the second is waited for, and nothing needs the third.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shlex
 import subprocess
@@ -46,8 +47,9 @@ class RemixSLURMPlugin(SLURMPlugin):
 
     Besides Nipype's (``sbatch_args``, ``template``, ``max_jobs``), ``plugin_args`` may hold
     ``controller_patience`` (seconds without an answer after which the run is given up, default
-    1800) and ``job_finished_timeout`` (seconds that a result may take to appear on a slow shared
-    file system, default 60). Every job asks for as many processors as its node uses; what
+    1800), ``job_finished_timeout`` (seconds that a result may take to appear on a slow shared
+    file system, default 60) and ``poll_sleep_duration`` (seconds between two looks at the queue,
+    default 10). Every job asks for as many processors as its node uses; what
     ``sbatch_args`` says wins.
     """
 
@@ -60,13 +62,18 @@ class RemixSLURMPlugin(SLURMPlugin):
         super().__init__(plugin_args=args)
         self._patience = float(args.get("controller_patience", 1800))
         self._result_timeout = str(args.get("job_finished_timeout", 60))
+        self._poll = float(args.get("poll_sleep_duration", 10))
         self._pending: dict[int, str] = {}  # job: working folder of its node
+        self._asked_for: set[int] = set()  # jobs of the last look at the queue,
+        self._queued: set[str] = set()  # those of them that were in it,
+        self._asked_at = -math.inf  # and when
         self._silent_since: float | None = None
         self._names: dict[int, str] = {}
 
     def run(self, graph: Any, config: Any, updatehash: bool = False) -> None:
         """Run the graph; whatever ends it, no job is left behind."""
         config["execution"]["job_finished_timeout"] = self._result_timeout
+        config["execution"]["poll_sleep_duration"] = str(self._poll)
         try:
             super().run(graph, config, updatehash=updatehash)
         finally:
@@ -97,10 +104,18 @@ class RemixSLURMPlugin(SLURMPlugin):
         time.sleep(min(5.0, self._patience / 4))
 
     def _is_pending(self, taskid: int) -> bool:
-        done = _call("squeue", "--noheader", "--format=%i", f"--jobs={taskid}")
+        """One look at the queue serves all jobs of a round: many would burden the controller."""
+        recent = time.monotonic() - self._asked_at < self._poll / 2
+        if recent and taskid in self._asked_for:
+            return str(taskid) in self._queued
+        jobs = {taskid, *self._pending}
+        listed = ",".join(map(str, sorted(jobs)))
+        done = _call("squeue", "--noheader", "--format=%i", f"--jobs={listed}")
         if done.returncode == 0:
             self._answered()
-            return str(taskid) in done.stdout.split()
+            self._asked_for, self._queued = jobs, {*done.stdout.split()}
+            self._asked_at = time.monotonic()
+            return str(taskid) in self._queued
         if "invalid job id" in done.stderr.lower():  # so long ago that it is forgotten
             self._answered()
             return False
@@ -138,6 +153,8 @@ class RemixSLURMPlugin(SLURMPlugin):
         if not own.get("overwrite"):
             command += shlex.split(self._sbatch_args or "")
         command += shlex.split(own.get("sbatch_args", ""))
+        for old in Path(node.output_dir()).glob("result_*.pklz"):
+            old.unlink()  # or it would be taken for that of a job that ends before it begins
         done = _call(*command, scriptfile)
         while done.returncode != 0 and UNREACHABLE.search(done.stderr):
             self._unanswered("sbatch", done.stderr.strip())
