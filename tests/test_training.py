@@ -593,7 +593,8 @@ def test_a_mistake_in_a_recipe_is_told_and_not_copied(prepared, tmp_path, capsys
         assert main(["train", str(prepared), str(out), "--recipe", str(recipe)]) == 2
         assert re.search(said, capsys.readouterr().err)
         assert not (out / "recipe.toml").exists()
-    assert main(["prepare", str(out), str(out), "--recipe", "no.toml", "--template", "x"]) == 2
+    masks = ["--template", "x", "--template-mask", "y"]
+    assert main(["prepare", str(out), str(out), "--recipe", "no.toml", *masks]) == 2
     assert "No such file" in capsys.readouterr().err
 
 
