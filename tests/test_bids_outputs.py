@@ -24,6 +24,7 @@ from remix_bids.naming import check_collisions, output_names, split_name
 from remix_bids.qc import mosaic
 from remix_bids.reports.individual import build_report, note_done, open_crash_files
 from tests.bids_skeletons import GEOMETRY, save_image
+from tests.pages import write_subject
 
 VALIDATOR = Path(sys.executable).parent / "bids-validator-deno"
 
@@ -466,6 +467,16 @@ def test_both_panels_have_one_window():
     twice = mosaic.before_after(before, 2 * before, mask)
     images = [part.split('"')[0] for part in twice.split('href="data:')[1:]]
     assert images[0] != images[1]  # a window of its own would hide the difference
+
+
+def test_no_name_becomes_markup(tmp_path):
+    """Whoever names a folder writes no script into a report."""
+    name = "a<img src=x onerror=alert(1)>"
+    source = f'sub-{name}_acq-"x_T1w.nii.gz'
+    page = write_subject(tmp_path, name, [source]).read_text()
+    assert "<img" not in page
+    assert 'acq-"' not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
 
 
 def test_slices_stand_upright():
