@@ -157,14 +157,13 @@ def _check(path: Path, space: str = NILEARN_SPACE) -> Path:
     import nibabel as nb
     import numpy as np
 
-    advice = _advice(space) if space != NILEARN_SPACE else "Reinstall nilearn."
+    nilearn = space == NILEARN_SPACE
+    advice = "Reinstall nilearn." if nilearn else f"Remove it. {_advice(space)}"
     try:
         image = nb.load(path)
         data = np.asanyarray(image.dataobj)
     except Exception as error:  # nibabel raises many kinds for a damaged file
-        raise MissingResourceError(
-            f"{path} cannot be read ({error}). Remove it. {advice}"
-        ) from error
+        raise MissingResourceError(f"{path} cannot be read ({error}). {advice}") from error
     if data.ndim != 3 or not data.any():
-        raise MissingResourceError(f"{path} is not an image of one volume. Remove it. {advice}")
+        raise MissingResourceError(f"{path} is not an image of one volume. {advice}")
     return path

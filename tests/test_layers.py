@@ -22,6 +22,7 @@ SCIENCE = (
     "training",
     "evaluation",
     "qc",
+    "toml_file",
 )
 BELOW = ("errors", "workers", "data")  # for all layers: they import nothing of ours
 PIPELINES_AND_BIDS = {"nipype", "niworkflows", "nireports", "bids", "templateflow"}

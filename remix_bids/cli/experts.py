@@ -20,6 +20,7 @@ from typing import NoReturn
 from remix_bids import __version__, workers
 from remix_bids.cli.parser import positive
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
+from remix_bids.toml_file import read_toml
 
 CLASSES = list(range(1, 8))
 
@@ -310,10 +311,7 @@ def _protocol(path: Path | None = None) -> dict:
     shipped = resources.files("remix_bids.data").joinpath("protocol.toml").read_text()
     protocol = tomllib.loads(shipped)
     if path is not None:
-        try:
-            own = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--protocol {path}: {error}") from error
+        own = read_toml(path, "--protocol")
         if lacking := [key for key in protocol if key not in own]:
             raise UsageError(f"--protocol {path} lacks {', '.join(lacking)}")
         protocol = own

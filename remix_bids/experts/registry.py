@@ -28,6 +28,8 @@ import numpy as np
 
 from remix_bids.errors import MissingResourceError
 
+EXPERTS = [str(k) for k in range(1, 8)]
+"""Those that the gate chooses from."""
 GENERAL = "general"
 NO_EXPERT = "none"
 VOLUME_LIMIT = 8.5

@@ -9,10 +9,7 @@ from pathlib import Path
 from remix_bids.errors import MissingResourceError
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import TOLERANCE, difference, reference_output
-from remix_bids.experts.registry import GENERAL, Registry, load_registry
-
-CHOSEN = [str(k) for k in range(1, 8)]
-"""The experts that the gate chooses from."""
+from remix_bids.experts.registry import EXPERTS, GENERAL, Registry, load_registry
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,11 @@ def verify(directory: Path | None = None) -> Iterator[Finding]:
 def _gaps(registry: Registry) -> Iterator[str]:
     """What the gate, or ``--expert``, would look for in vain."""
     records = {record.name: record for record in registry}
-    if lacking := [name for name in (*CHOSEN, GENERAL) if name not in records]:
+    if lacking := [name for name in (*EXPERTS, GENERAL) if name not in records]:
         yield f"experts.toml lacks {', '.join(lacking)}"
         return
     bounds = [0.0]
-    for name in CHOSEN:
+    for name in EXPERTS:
         if records[name].lower != bounds[-1]:
             yield (
                 f"expert {name} serves volumes from {records[name].lower:g} mm3 on, and the one "

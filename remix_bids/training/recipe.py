@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,9 +21,10 @@ from torch import Tensor
 from remix_bids.errors import UsageError
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import reference_output
-from remix_bids.experts.registry import GENERAL, ExpertRecord
+from remix_bids.experts.registry import EXPERTS, GENERAL, ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import CLASS_RANGES, geometries
+from remix_bids.toml_file import read_toml
 from remix_bids.training import team
 from remix_bids.training.dataset import COARSE_MM, Simulator, load_persons
 from remix_bids.training.losses import RemixLoss
@@ -37,7 +37,6 @@ from remix_bids.training.trainer import (
 )
 
 LOGGER = logging.getLogger(__name__)
-EXPERTS = [str(k) for k in range(1, 8)]
 NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths", "patches_per_volume")
 
 
@@ -54,10 +53,7 @@ def read_recipe(path: Path, *sections: str) -> dict[str, Any]:
     UsageError
         It cannot be read, lacks a section, or a stage has a setting that there is not.
     """
-    try:
-        recipe = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the recipe {path}: {error}") from error
+    recipe = read_toml(path, "the recipe")
     if lacking := [name for name in sections if name not in recipe]:
         raise UsageError(f"the recipe {path} lacks [{'], ['.join(lacking)}]")
     known = {*NOT_OF_SCHEDULE, *(field.name for field in fields(Schedule))} - {"workers"}
