@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from remix_bids.evaluation.methods import back_project
 from remix_bids.experts.registry import load_registry
 from remix_bids.registration.itk import read_itk_affine
+from remix_bids.sidecars import positive, read_sidecars
 from remix_bids.simulation.acquisition import Acquisition
 from remix_bids.simulation.degrade import restore_grid
 from remix_bids.simulation.slices import from_scan
@@ -41,12 +42,14 @@ def tuned(acquisition: Acquisition) -> tuple[int, float]:
     return iterations, share
 
 
-def restored(source: Path, transform: Path) -> tuple[dict[str, np.ndarray], int]:
+def restored(source: Path, bids: Path, transform: Path) -> tuple[dict[str, np.ndarray], int]:
     """Interpolated and back-projected images, and the axis along which slices are stacked."""
     image = nb.load(source)
     data = np.asanyarray(image.dataobj, dtype=np.float32).reshape(image.shape[:3])
     native = torch.from_numpy(data.copy())
-    acquisition = from_scan(data, Grid(data.shape, image.affine), read_itk_affine(transform))
+    thickness = positive(read_sidecars(source, bids).get("SliceThickness"))
+    world = read_itk_affine(transform)
+    acquisition = from_scan(data, Grid(data.shape, image.affine), world, thickness)
     low = restore_grid(native, acquisition.grid, acquisition.world)
     iterates = back_project(native, acquisition, WORKING_GRID, low.image, *tuned(acquisition))
     *_, projected = iterates
@@ -95,7 +98,7 @@ def main() -> None:
             print(f"{stem}: no output in {folder}")
             continue
         transform = next(folder.glob(f"{stem}_from-T1w_to-MNI*_mode-image_xfm.*"))
-        panels, axis = restored(source, transform)
+        panels, axis = restored(source, given.bids, transform)
         panels["expert"] = np.asanyarray(nb.load(made).dataobj, dtype=np.float32)
         picture(panels, axis).save(given.out / f"{stem}.jpg", quality=85)
         print(given.out / f"{stem}.jpg", flush=True)

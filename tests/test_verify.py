@@ -1,7 +1,10 @@
 """Checksums and reference outputs: what was exported passes, what was changed does not."""
 
 import hashlib
+import os
 import shutil
+import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from remix_bids.experts.registry import load_registry
 from remix_bids.experts.unet import INPUTS, ResidualUNet
 from remix_bids.training.recipe import EXPERTS, export_experts
 from remix_bids.training.trainer import save_network
+from tests.commands import BIN
 
 NAMES = (*EXPERTS, "general")
 
@@ -146,3 +150,12 @@ def test_a_table_without_references_is_told(experts, capsys):
 def test_a_folder_without_experts_is_told(tmp_path, capsys):
     assert main(["verify", "--experts-dir", str(tmp_path)]) == 78
     assert "is missing" in capsys.readouterr().err
+
+
+def test_whoever_reads_the_output_may_stop_reading(experts):
+    read, write = os.pipe()
+    os.close(read)
+    args = [BIN / "remix-experts", "verify", "--experts-dir", experts]
+    done = subprocess.run(args, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

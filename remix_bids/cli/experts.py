@@ -7,6 +7,7 @@ import csv
 import hashlib
 import logging
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -189,9 +190,9 @@ def table(args: argparse.Namespace) -> None:
         raise UsageError(f"no row of {', '.join(lacking)}: name the file that holds them, too")
     if len(tables) > 1 and target.resolve() in [path.resolve() for path in args.rows]:
         raise UsageError(f"{target} is one of the files to be joined: name another output")
-    write_tables(rows, args.output)
     if len(tables) > 1:
         write_rows(target, [rows])
+    write_tables(rows, args.output)
 
 
 def _named_commands(options: list[str]) -> dict[str, str]:
@@ -564,9 +565,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args.run(args)
+        sys.stdout.flush()
     except RemixError as error:
         print(f"remix-experts: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # of `remix-experts ... | head`; what is left must not be flushed again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     return 0
 
 
