@@ -63,6 +63,14 @@ def _digest(geometry: Geometry) -> str:
     return hashlib.sha256(told.encode()).hexdigest()
 
 
+def _digests(found: Sequence[Found]) -> dict[str, list[str]]:
+    """Sorted hashes of every person's geometries."""
+    digests: dict[str, list[str]] = {}
+    for one in found:
+        digests.setdefault(one.person, []).append(_digest(one.geometry))
+    return {person: sorted(own) for person, own in digests.items()}
+
+
 def as_bank(
     found: Sequence[Found], split_key: Callable[[str], str] | None = None
 ) -> list[Geometry]:
@@ -79,12 +87,10 @@ def as_bank(
         From a person to the text whose hash decides who is held out, for published collections
         whose persons are public; the hash of the geometries by default.
     """
-    rows: dict[str, list[str]] = {}
-    for one in found:
-        rows.setdefault(one.person, []).append(_digest(one.geometry))
+    digests = _digests(found)
     # The smallest hash: a scan that is added later seldom changes it.
-    keys = {person: min(digests) for person, digests in rows.items()}
-    ordered = sorted(keys, key=lambda person: (keys[person], person))
+    keys = {person: min(own) for person, own in digests.items()}
+    ordered = sorted(digests, key=lambda person: digests[person])
     numbers = {person: f"p{i:04d}" for i, person in enumerate(ordered)}
     out = []
     for one in found:
@@ -226,7 +232,8 @@ def geometries_from_bids(
             derivatives,
             bids_dir,
         )
-    found.sort(key=lambda one: _digest(one.geometry))
+    digests = _digests(found)  # they tell persons apart who share a geometry
+    found.sort(key=lambda one: (_digest(one.geometry), digests[one.person]))
     return as_bank(found)
 
 

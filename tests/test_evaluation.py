@@ -284,6 +284,10 @@ def test_bootstrap_interval_holds_the_mean():
     low, high = bootstrap_interval(values)
     assert min(values) <= low < np.mean(values) < high <= max(values)
     assert bootstrap_interval(values) == (low, high)
+    # Of the mean of 200 values 0 and 1: 1.96 standard errors to both sides.
+    found = bootstrap_interval([0.0, 1.0] * 100)
+    reach = 1.96 * 0.5 / np.sqrt(200)
+    np.testing.assert_allclose(found, [0.5 - reach, 0.5 + reach], atol=0.01)
 
 
 def test_tuning_takes_the_best_iteration():
@@ -444,7 +448,7 @@ def test_rows_that_do_not_belong_together_are_not_joined():
     assert joined([rows, two[0]]) == two[0]
 
 
-def test_rows_of_other_experts_are_not_mixed_in():
+def test_rows_of_other_experts_are_not_mixed_in(tmp_path):
     todo = cases(people(1), protocol(), [3], [0.0])
     settings = Settings(protocol(), methods=("cubic", "expert"))
     with pytest.raises(UsageError, match="other experts"):
@@ -454,9 +458,14 @@ def test_rows_of_other_experts_are_not_mixed_in():
         finished(measured(todo), todo, tuned)
     with pytest.raises(UsageError, match="another protocol"):
         finished(measured(todo), todo, Settings(protocol(), tune=True))
-    registered = replace(settings, templates=Templates(Path("t1w"), None))
-    with pytest.raises(UsageError, match="the other affine"):
-        finished(measured(todo), todo, registered)
+    found = []
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name)
+        registered = replace(settings, templates=Templates(tmp_path / name, None))
+        with pytest.raises(UsageError, match="of another affine"):
+            finished(measured(todo), todo, registered)
+        found.append(registered.affine)
+    assert len({*found}) == 2
 
 
 def test_rows_outlive_experts_that_did_not_make_them(tmp_path):
@@ -530,6 +539,9 @@ def test_claims_hold_where_they_hold():
     other = [row | {"class": 4 if row["person"] != "p0" else 5} for row in rows()]
     lacking = "2 of 2; class 4 lacks 1 person; class 5 lacks 3 persons"
     assert held(claims.claims(other), "linear and cubic in psnr") == (lacking, False)
+    # But not one for whom none was drawn, as of an image too coarse for the class.
+    fine = [row | {"drawn": 2, "class": 2} for row in rows() if row["person"] != "p0"]
+    assert held(claims.claims([*rows(), *fine]), "linear and cubic in psnr") == ("2 of 2", True)
     other = [row | {"class": 4 if row["person"] != "p0" else 1} for row in rows()]
     lacking = "1 of 1; class 4 lacks 1 person"
     assert held(claims.claims(other), "linear and cubic in psnr") == (lacking, False)

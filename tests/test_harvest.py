@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from remix_bids.cli.experts import main
+from remix_bids.harvest import Found, _digest, as_bank
 from remix_bids.registration.itk import write_itk_affine
 from remix_bids.simulation.acquisition import (
     Geometry,
@@ -164,6 +165,16 @@ def test_other_labels_give_the_same_bank(harvested, tmp_path):
     for bids, bank in ((renamed, "other.json"), (tmp_path / "bids", "plain.json")):
         assert main(["harvest", str(bids), str(tmp_path / bank)]) == 0
     assert (tmp_path / "other.json").read_bytes() == (tmp_path / "plain.json").read_bytes()
+
+
+def test_persons_who_share_a_geometry_are_not_told_apart_by_their_labels():
+    shared, own = sorted(load_bank()[:2], key=_digest)
+
+    def groups(one, other):
+        found = as_bank([Found(one, shared), Found(other, shared), Found(one, own)])
+        return {geometry.group for geometry in found[::2]}, found[1].group
+
+    assert groups("a", "b") == groups("b", "a")
 
 
 def test_affines_of_earlier_runs_are_taken_over(harvested):

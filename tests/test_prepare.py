@@ -29,6 +29,9 @@ def test_who_is_named_later_is_not_trained_on(tmp_path):
     # Those of another dataset in the same folder are not asked for, and keep theirs.
     prepare({"c": scans["c"]}, templates, tmp_path, validation=[], held_out=["c"])
     assert splits(tmp_path) == {"a": "validation", "b": "held_out", "c": "held_out", "d": "train"}
+    # Unless they are named now.
+    prepare({"c": scans["c"]}, templates, tmp_path, validation=["d"], held_out=["c"])
+    assert splits(tmp_path)["d"] == "validation"
 
 
 def test_names_may_have_their_prefix_and_strangers_are_told(tmp_path, caplog):

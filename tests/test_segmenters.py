@@ -144,6 +144,21 @@ def test_what_a_command_prints_and_writes_is_no_riddle(tmp_path):
         result("data * np.nan")
 
 
+@pytest.mark.parametrize("most", [3, 4, 6, 30])
+def test_labels_that_a_program_has_scaled_are_rounded(tmp_path, most):
+    """Floats written as uint8 come back as 2.9999 or so."""
+    labels = np.random.default_rng(most).integers(0, most + 1, GRID.shape)
+    script = tmp_path / "tool.py"
+    script.write_text(
+        "import sys, nibabel as nb, numpy as np\n"
+        "image = nb.Nifti1Image(nb.load(sys.argv[1]).get_fdata(), np.eye(4))\n"
+        "image.set_data_dtype(np.uint8); nb.save(image, sys.argv[2])\n"
+    )
+    command = f"{sys.executable} {script} {{input}} {{output}}"
+    found, _ = run_command(command, labels, GRID, np.int32)
+    np.testing.assert_array_equal(found, labels)
+
+
 def test_file_names_reach_no_shell():
     assert parse_command("tool {input} {output}; rm x") == [
         "tool",

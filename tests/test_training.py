@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 
 from remix_bids.cli.experts import main
 from remix_bids.errors import RemixError, UsageError
-from remix_bids.experts.registry import GENERAL
+from remix_bids.experts.registry import GENERAL, load_registry
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank, save_bank
 from remix_bids.spatial import WORKING_GRID
@@ -97,6 +97,15 @@ def test_what_has_no_weight_does_not_count(part, images):
     change[:, :3] += 5  # further from the seam than the SSIM window
     before, after = (PARTS[part](i, y, weight) for i in (x, change))
     torch.testing.assert_close(before, after)
+
+
+def test_what_the_scan_has_not_seen_costs_nothing(images):
+    """Nor does it by a window that reaches there."""
+    x, y, covered = images
+    covered[:, :6] = 0
+    x = torch.where(covered > 0, y, x)
+    parts = RemixLoss().parts(x, y, covered, torch.ones(3))
+    torch.testing.assert_close(parts, torch.zeros(4, 3), atol=1e-5, rtol=0)
 
 
 def test_a_constant_costs_mae_only(images):
@@ -342,10 +351,10 @@ SETTINGS = {
 }
 
 
-def run(folder, steps, validate_every, task=BlurredNoise, **more):
+def run(folder, steps, validate_every, task=BlurredNoise, network=None, **more):
     torch.manual_seed(0)
+    network = network or ResidualUNet(widths=(4, 8, 8))
     schedule = Schedule(steps=steps, validate_every=validate_every, rate=2e-3, **SETTINGS, **more)
-    network = ResidualUNet(widths=(4, 8, 8))
     train(network, task(), BlurredNoise(7), schedule, folder, progress=False)
     return load_file(str(folder / "checkpoint.safetensors"))
 
@@ -393,17 +402,26 @@ def test_little_is_lost_between_validations(tmp_path, monkeypatch):
 def test_moments_lie_as_their_weights_do_after_a_pause(tmp_path):
     """What a fused optimiser asks for."""
     run(tmp_path, 4, 2)
-    state = State(ResidualUNet(widths=(4, 8, 8)), Schedule(steps=4), torch.device("cpu"))
+    state = State(
+        ResidualUNet(widths=(4, 8, 8)),
+        Schedule(steps=4, batch=4, volumes_per_round=2),
+        torch.device("cpu"),
+        16,
+    )
     state.load(tmp_path / "checkpoint.safetensors")
     assert len(state.optimiser.state) == len([*state.network.parameters()])
     for weight, moments in state.optimiser.state.items():
         assert moments["exp_avg"].stride() == moments["exp_avg_sq"].stride() == weight.stride()
 
 
-def test_as_many_processes_go_on_as_began(tmp_path, monkeypatch):
+def test_volumes_are_divided_as_they_were_at_first(tmp_path, monkeypatch):
     run(tmp_path, 4, 2)
     monkeypatch.setattr(team, "SIZE", 2)
-    with pytest.raises(UsageError, match="was 1 at first and is 2 now"):
+    with pytest.raises(UsageError, match="processes was 1 at first and is 2 now"):
+        run(tmp_path, 6, 2)
+    monkeypatch.undo()
+    monkeypatch.setattr(BlurredNoise, "patches_per_volume", 32)
+    with pytest.raises(UsageError, match="patches_per_volume was 16 at first and is 32 now"):
         run(tmp_path, 6, 2)
 
 
@@ -414,26 +432,38 @@ class Twice(BlurredNoise):
         return super().pair(index // 4 * 2 + index % 2)
 
 
-def test_two_processes_hold_the_same_weights(tmp_path):
-    """Their mean gradient on the same volumes is the gradient of one of them, to the last bit."""
-    program = (
-        "import sys; from pathlib import Path; from remix_bids.training import team; "
-        "from tests.test_training import Twice, run; team.join('cpu'); "
-        "run(Path(sys.argv[1]), 6, 3, Twice)"
+def run_in_a_team(folder, task):
+    """`run` in each process of torchrun; every process leaves the weights that it has learned."""
+    team.join("cpu")
+    torch.manual_seed(0)
+    network = ResidualUNet(widths=(4, 8, 8))
+    run(folder, 6, 3, task, network)
+    learned = {key: value.contiguous() for key, value in network.state_dict().items()}
+    save_file(learned, str(folder / f"of_process_{team.RANK}.safetensors"))
+
+
+@pytest.mark.parametrize("task", ["Twice", "BlurredNoise"])
+def test_two_processes_hold_the_same_weights(tmp_path, task):
+    """Their mean gradient on the same volumes is the gradient of one of them, to the last bit; on
+    volumes of their own it is another one, but the same in both."""
+    (tmp_path / "program.py").write_text(
+        "import sys; from pathlib import Path; from tests import test_training; "
+        "test_training.run_in_a_team(Path(sys.argv[1]), getattr(test_training, sys.argv[2]))"
     )
-    (tmp_path / "program.py").write_text(program)
+    two = tmp_path / "two"
     subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(tmp_path / "program.py"), str(tmp_path / "two")),
+            *(str(tmp_path / "program.py"), str(two), task),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         check=True,
     )
-    two = load_file(str(tmp_path / "two" / "checkpoint.safetensors"))
-    one = run(tmp_path / "one", 6, 3)
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    of_first, of_second = (load_file(str(two / f"of_process_{i}.safetensors")) for i in (0, 1))
+    assert all(torch.equal(of_first[key], of_second[key]) for key in of_first)
+    one, both = run(tmp_path / "one", 6, 3), load_file(str(two / "checkpoint.safetensors"))
+    assert all(torch.equal(one[key], both[key]) for key in one) == (task == "Twice")
 
 
 class Recorded(BlurredNoise):
@@ -539,6 +569,18 @@ def test_stages_take_their_width_from_their_start_and_their_patches_from_the_rec
         assert read_metadata(out / name / "checkpoint.safetensors", "progress")["step"] == 1
 
 
+def test_export_goes_by_the_recipe_of_the_training(tmp_path):
+    out = tmp_path / "out"
+    for name in (*EXPERTS, "general"):
+        (out / name).mkdir(parents=True)
+        told = {"step": 1, "validation_gain_db": 0.5}
+        save_network(ResidualUNet(6, (4, 8, 8)), out / name / "best.safetensors", **told)
+    (out / "recipe.toml").write_text("[consistency]\nsteps = [3, 0, 0, 0, 0, 0, 4]\n")
+    assert main(["export", str(out), str(tmp_path / "experts")]) == 0
+    experts = load_registry(tmp_path / "experts")
+    assert [experts[name].consistency_steps for name in ("1", "2", "7")] == [3, 0, 4]
+
+
 def test_a_stage_begins_with_the_mean_of_several(prepared, tmp_path):
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
     for name, widths in (("a", (4, 8, 8)), ("b", (4, 8, 8)), ("wide", (4, 8, 16))):
@@ -565,7 +607,11 @@ def test_what_training_lacks_is_told(prepared, tmp_path, capsys):
     everybody = tmp_path / "bank.json"
     save_bank([replace(g, held_out=True) for g in load_bank()], everybody)
     out, common = tmp_path / "out", ["--recipe", str(tmp_path / "recipe.toml")]
+    recipe = (tmp_path / "recipe.toml").read_text()
+    named = tmp_path / "named.toml"
+    named.write_text(recipe + f'[persons]\nvalidation = ["sub-{person(0).name}"]\n')
     for options, said in (
+        ([str(prepared), str(out), "--recipe", str(named)], "names them as validation or held_out"),
         ([str(prepared), str(out), *common, "--stage", "6"], "--stage 6: .* holds trunk, 5"),
         ([str(prepared), str(out), *common, "--stage", "5"], "stage 5 begins with trunk"),
         ([str(out), str(out), *common], "there is no .*persons.json"),

@@ -19,7 +19,7 @@ from remix_bids.experts.reference import (
     reference_output,
 )
 from remix_bids.experts.registry import load_registry
-from remix_bids.experts.unet import INPUTS, ResidualUNet
+from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet
 from remix_bids.training.recipe import EXPERTS, export_experts
 from remix_bids.training.trainer import save_network
 from tests.commands import BIN
@@ -97,6 +97,32 @@ def test_experts_that_the_table_lacks_are_noticed(experts, capsys):
     table.write_text(whole.replace("lower = 3.5", "lower = 3.6"))
     assert main(["verify", "--experts-dir", str(experts)]) == 78
     assert "expert 4 serves volumes from 3.6 mm3 on" in capsys.readouterr().out
+    table.write_text(whole.replace("upper = 1000000000.0", "upper = 9.0"))
+    assert main(["verify", "--experts-dir", str(experts)]) == 78
+    assert "expert 7 serves volumes up to 9 mm3 only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("network", "scan", "said"),
+    [
+        (ResidualUNet(5, (4, 8, 8)), SCAN, "takes 5 channels, not 6"),
+        (ResidualUNet(6, (4, 8, 8)), SCAN[::-1], "its scan are noise, "),
+    ],
+)
+def test_a_network_of_other_inputs_is_refused_and_stops_no_other(
+    experts, capsys, monkeypatch, network, scan, said
+):
+    record = load_registry(experts)["3"]
+    with monkeypatch.context() as other:
+        other.setattr("remix_bids.training.trainer.SCAN", scan)
+        save_network(network, record.path)
+    digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
+    table = experts / "experts.toml"
+    table.write_text(table.read_text().replace(record.sha256, digest))
+    assert main(["verify", "--experts-dir", str(experts)]) == 78
+    lines = capsys.readouterr().out.splitlines()
+    assert said in lines[2]
+    assert sum(line.startswith("ok ") for line in lines) == len(NAMES) - 1
 
 
 def test_one_changed_weight_is_noticed_by_what_it_computes(experts, capsys):

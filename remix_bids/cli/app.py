@@ -111,7 +111,9 @@ def without_scans(config: RunConfig) -> int | None:
 
         check_output_dataset(config.output_dir)
         try:
-            page, n_scans, n_flagged = write_group(config.output_dir, config.participant_label)
+            page, n_scans, n_flagged = write_group(
+                config.output_dir, config.participant_label, config.session_label
+            )
         except OSError as error:
             raise UsageError(f"cannot write: {error}") from error
         print(f"group report: {page}\n{n_scans} scan(s), {n_flagged} flagged", flush=True)
@@ -266,13 +268,14 @@ def describe(job: Job) -> int:
     """Say what would be done (``--dry-run``)."""
     from remix_bids.naming import output_names
 
-    workflow = build(job)
-    if job.config.write_graph:
-        draw(workflow, job.config)
+    config, workflow = job.config, build(job)
+    if config.write_graph:
+        draw(workflow, config)
     for scan in job.scans:
-        image = output_names(scan.path, job.template.space).image
-        print(f"{scan.path} -> {job.config.output_dir / image}")
-    config = job.config
+        names = output_names(scan.path, job.template.space)
+        for space in config.output_spaces:
+            image = names.native_image if space == NATIVE else names.image
+            print(f"{scan.path} -> {config.output_dir / image}")
     print(
         f"dry run: {len(job.scans)} scan(s), template {job.template.t1w}, experts of "
         f"{job.experts_table.parent}, {config.nprocs} processor(s), {config.mem_gb:.1f} GB, "

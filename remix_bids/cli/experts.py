@@ -134,7 +134,9 @@ def export(args: argparse.Namespace) -> None:
     """Collect trained stages into a folder of experts with its table."""
     from remix_bids.training.recipe import export_experts, read_recipe
 
-    steps = read_recipe(_recipe(args.recipe), "consistency")["consistency"]["steps"]
+    own = args.trained / "recipe.toml"  # that `train` went by
+    recipe = _recipe(args.recipe or (own if own.is_file() else None))
+    steps = read_recipe(recipe, "consistency")["consistency"]["steps"]
     print(export_experts(args.trained, args.output, steps))
 
 

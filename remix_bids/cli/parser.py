@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         "analysis_level",
         choices=["participant", "group"],
         help="participant: super-resolve the images; group: gather the quality figures of all "
-        "participants in output_dir",
+        "participants in output_dir, or of those chosen, in a table that is written anew",
     )
     parser.add_argument("--version", action="version", version=f"remix-bids {__version__}")
 
@@ -335,6 +335,7 @@ def parse_args(argv: Sequence[str]) -> RunConfig:
     settings.setdefault("work_dir", _path("work"))
     settings["run_uuid"] = f"{time.strftime('%Y%m%d-%H%M%S')}_{uuid.uuid4()}"
     config = RunConfig(**settings)
+    _check_dry_run(config)
     check_folders(config)
     read_filters(config)
     return config
@@ -374,6 +375,17 @@ def _check_settings(settings: dict[str, Any]) -> None:
             )
     if settings.get("mem_gb", 1) <= 0:
         raise UsageError("the configuration file: mem_gb must be above 0")
+
+
+def _check_dry_run(config: RunConfig) -> None:
+    modes = {
+        "the group level": config.analysis_level == "group",
+        "--reports-only": config.reports_only,
+        "--boilerplate-only": config.boilerplate_only,
+    }
+    for mode, chosen in modes.items():
+        if config.dry_run and chosen:
+            raise UsageError(f"--dry-run tells what a run would do, {mode} writes: leave one out")
 
 
 def check_folders(config: RunConfig) -> None:

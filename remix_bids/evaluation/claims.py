@@ -54,8 +54,9 @@ def _persons(rows: Sequence[dict], k: int) -> set[str]:
 
 
 def _lacking(rows: Sequence[dict], k: int) -> int:
-    """Persons without a scan in a class."""
-    return len({row["person"] for row in rows} - _persons(rows, k))
+    """Persons without a scan in a class, but for those whose image is too coarse to draw one."""
+    drawn = {row["person"] for row in rows if int(row["drawn"]) == k}
+    return len((drawn or {row["person"] for row in rows}) - _persons(rows, k))
 
 
 def _with_all(found: tuple[str, bool], lacking: dict[int, int]) -> tuple[str, bool]:

@@ -41,6 +41,8 @@ def run_command(
     ----------
     template : str
         See `parse_command`.
+    dtype : type
+        Of the result; to whole numbers it is rounded, for a scaled NIfTI holds 2.9999 for 3.
     image : (x, y, z) array
         Written as float32 NIfTI.
     grid : Grid
@@ -74,11 +76,12 @@ def run_command(
                     f"{template!r} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
                 )
             result = nb.load(names["output"])
-            data = np.asanyarray(result.dataobj).astype(dtype)
+            data = np.asanyarray(result.dataobj)
             x, y, z = result.shape[:3]
             data = data.reshape(x, y, z)  # refuses more than one image
             if not np.isfinite(data).all():
                 raise RemixError(f"{template!r} wrote voxels that are no finite number")
-            return data, Grid((x, y, z), result.affine)
+            data = np.rint(data) if np.issubdtype(dtype, np.integer) else data
+            return data.astype(dtype), Grid((x, y, z), result.affine)
         except (OSError, ImageFileError, ValueError) as error:
             raise RemixError(f"{template!r}: {error}") from error

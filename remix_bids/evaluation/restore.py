@@ -51,7 +51,7 @@ def see(
     brain : (x, y, z) bool tensor, optional
         Where the brain lies in a head.
     """
-    native = acquire(truth, acquisition)
+    native = acquire(truth, acquisition).clamp(min=0)  # a magnitude
     if noise > 0:
         bright = truth > 0.1 if brain is None else brain & (truth > 0.1)
         sigma = noise * float(truth[bright].quantile(0.75))

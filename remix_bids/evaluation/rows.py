@@ -58,7 +58,7 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     Raises
     ------
     UsageError
-        If they were measured with other experts, another protocol, the other affine, another
+        If they were measured with other experts, another protocol, another affine, another
         segmenter, on another preparation of a person, of other methods, without Dice that is to be
         found now, or on cases that are not to be run now: writing the file anew would lose them.
     """
@@ -81,7 +81,7 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
         for row in rows
     ):
         raise UsageError(
-            "the output holds rows of other experts, of another protocol or of the other affine; "
+            "the output holds rows of other experts, of another protocol or of another affine; "
             "name another file, or remove this one"
         )
     images = {case.person.name: case.person.digest for case in cases}

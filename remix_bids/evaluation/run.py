@@ -172,7 +172,7 @@ def manual_labels(folder: Path, person: Person) -> Path:
 def manual_classes(folder: Path, person: Person, grid: Grid) -> np.ndarray:
     """Manual tissue classes of a person on a template grid."""
     image = nb.load(manual_labels(folder, person))
-    labels = np.asanyarray(image.dataobj).astype(np.int16).reshape(image.shape[:3])
+    labels = np.rint(np.asanyarray(image.dataobj)).astype(np.int16).reshape(image.shape[:3])
     x, y, z = labels.shape
     mapping = index_map(grid, Grid((x, y, z), image.affine), person.world)
     return nearest(labels, mapping, grid.shape)
@@ -197,7 +197,8 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     mapping = index_map(grid, acquisition.grid, acquisition.world)
     covered = coverage(mapping, acquisition.grid.shape, grid.shape)
     mask = eroded(brain & covered, settings.protocol["erosion"])
-    outside = covered & ~grown(brain, 5) & (truth > FOREGROUND)
+    # The edge of this mask is softened over two voxels; they must not lie beyond the scan.
+    outside = eroded(covered, 2) & ~grown(brain, 5) & (truth > FOREGROUND)
     klass = registry.select(acquisition.volume).name
     about = {
         "person": case.person.name,

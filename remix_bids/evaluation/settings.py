@@ -71,10 +71,14 @@ class Settings:
         name = ATROPOS if self.segmenter == ATROPOS else f"command {digest}"
         return f"{name}, revision {_DICE_REVISION}"
 
-    @property
+    @cached_property
     def affine(self) -> str:
-        """Which affine is used, as it stands in the rows."""
-        return "registered" if self.templates else "true"
+        """Which affine is used, as it stands in the rows; templates by their digest."""
+        if self.templates is None:
+            return "true"
+        files = [self.templates.t1w, self.templates.brain_mask]
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file is not None))
+        return f"registered {digest.hexdigest()[:8]}"
 
     def setup(self, method: str, klass: str) -> str:
         """What decides a method's rows of a class, as first digits of a sha256.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from remix_bids.errors import InputImageError, MissingResourceError
 from remix_bids.experts.registry import ExpertRecord
-from remix_bids.experts.unet import ResidualUNet
+from remix_bids.experts.unet import INPUTS, SCAN, ResidualUNet
 from remix_bids.simulation.estimate import Estimate
 from remix_bids.simulation.intensity import intensity_scale
 
@@ -69,6 +69,11 @@ def load_expert(record: ExpertRecord) -> ResidualUNet:
     try:
         with safe_open(str(path), framework="pt") as file:
             design = json.loads(file.metadata()["network"])
+        for key, known in (("channels", INPUTS), ("scan", SCAN)):
+            if (told := design.get(key, list(known))) != list(known):
+                raise ValueError(f"its {key} are {', '.join(told)}, not {', '.join(known)}")
+        if design["inputs"] != len(INPUTS):
+            raise ValueError(f"it takes {design['inputs']} channels, not {len(INPUTS)}")
         network = ResidualUNet(design["inputs"], tuple(design["widths"]))
         network.load_state_dict({k: v.float() for k, v in load_file(str(path)).items()})
     except Exception as error:

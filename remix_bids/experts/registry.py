@@ -32,6 +32,8 @@ EXPERTS = [str(k) for k in range(1, 8)]
 """Those that the gate chooses from."""
 GENERAL = "general"
 NO_EXPERT = "none"
+UNBOUNDED = 1e9
+"""Upper end (mm3) of the range of the last expert."""
 VOLUME_LIMIT = 8.5
 """Above this voxel volume (mm3) the last expert works at the edge of its range, or outside it."""
 FINE_ENOUGH = 1.05

@@ -9,7 +9,7 @@ from pathlib import Path
 from remix_bids.errors import MissingResourceError
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import TOLERANCE, difference, reference_output
-from remix_bids.experts.registry import EXPERTS, GENERAL, Registry, load_registry
+from remix_bids.experts.registry import EXPERTS, GENERAL, UNBOUNDED, Registry, load_registry
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,5 @@ def _gaps(registry: Registry) -> Iterator[str]:
                 f"before it up to {bounds[-1]:g}"
             )
         bounds.append(records[name].upper)
+    if bounds[-1] < UNBOUNDED:
+        yield f"expert {EXPERTS[-1]} serves volumes up to {bounds[-1]:g} mm3 only"

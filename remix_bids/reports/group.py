@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -22,6 +23,7 @@ from remix_bids.errors import NothingToDoError
 from remix_bids.naming import join_name, split_name
 from remix_bids.qc.dictionary import qc_dictionary
 
+LOGGER = logging.getLogger("remix_bids")
 LIMIT = 5.0
 """Robust z-score (median, median absolute deviation) above which a scan is flagged."""
 
@@ -51,22 +53,26 @@ OF_ALL = ("registration_score", "affine_determinant", "brain_volume_after")
 FIRST = ("bids_name", "flagged", "reasons", "expert", "voxel_size")
 
 
-def collect(output_dir: Path, participants: Sequence[str] = ()) -> list[dict[str, Any]]:
+def collect(
+    output_dir: Path, participants: Sequence[str] = (), sessions: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """All figures below an output folder, one row for each scan, sorted by name.
+
+    Participants who were asked for and have none are warned about.
 
     Parameters
     ----------
     output_dir : Path
         What the participant level has written.
-    participants : sequence of str
-        Labels without ``sub-``; all by default.
+    participants, sessions : sequence of str
+        Labels without ``sub-`` and ``ses-``; all by default.
 
     Raises
     ------
     NothingToDoError
         There is none.
     """
-    rows = []
+    rows, found = [], set()
     for subject_dir in sorted(output_dir.glob("sub-*")):
         label = subject_dir.name.removeprefix("sub-")
         if not subject_dir.is_dir() or (participants and label not in participants):
@@ -76,11 +82,22 @@ def collect(output_dir: Path, participants: Sequence[str] = ()) -> list[dict[str
                 content = json.loads(path.read_text())
             except (OSError, ValueError):
                 continue
-            if isinstance(content, dict) and "bids_name" in content:
-                rows.append(content)
+            if not isinstance(content, dict) or "bids_name" not in content:
+                continue
+            if sessions and split_name(content["bids_name"])[0].get("ses") not in sessions:
+                continue
+            rows.append(content)
+            found.add(label)
     if not rows:
+        labels = [*(f"sub-{label}" for label in participants), *(f"ses-{s}" for s in sessions)]
         raise NothingToDoError(
-            f"there is no *_desc-remix_qc.json below {output_dir}; run the participant level first"
+            f"there is no *_desc-remix_qc.json{' of ' * bool(labels)}{', '.join(labels)} below "
+            f"{output_dir}; run the participant level first"
+        )
+    if lacking := [label for label in participants if label not in found]:
+        LOGGER.warning(
+            "not in the table, for there is no *_desc-remix_qc.json of them: %s",
+            ", ".join(f"sub-{label}" for label in lacking),
         )
     return sorted(rows, key=lambda row: row["bids_name"])
 
@@ -178,8 +195,10 @@ def _cell(value: Any) -> str:
     return str(value).replace("\t", " ").replace("\n", " ")
 
 
-def write_group(output_dir: Path, participants: Sequence[str] = ()) -> tuple[Path, int, int]:
-    """Write ``group_T1w.tsv``, ``.json`` and ``.html``.
+def write_group(
+    output_dir: Path, participants: Sequence[str] = (), sessions: Sequence[str] = ()
+) -> tuple[Path, int, int]:
+    """Write ``group_T1w.tsv``, ``.json`` and ``.html`` of what `collect` finds.
 
     Returns
     -------
@@ -190,7 +209,7 @@ def write_group(output_dir: Path, participants: Sequence[str] = ()) -> tuple[Pat
     NothingToDoError
         No scan has been done.
     """
-    rows = collect(output_dir, participants)
+    rows = collect(output_dir, participants, sessions)
     for row, why in zip(rows, flag(rows), strict=True):
         row["flagged"], row["reasons"] = int(bool(why)), "; ".join(why)
     columns = _columns(rows)

@@ -1,7 +1,7 @@
 """MNI -> native -> MNI: what a scanner would have seen, brought back to the working grid.
 
-All functions are linear in the image (but for Rician noise), run on the device of their input, and
-are differentiable.
+All functions are linear in the image (but for Rician noise, and for a restored magnitude, which is
+not negative), run on the device of their input, and are differentiable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from remix_bids.spatial import WORKING_GRID, Grid, along_axis, coverage, index_m
 FWHM_TO_SIGMA = 1 / math.sqrt(8 * math.log(2))
 _MARGIN_MM = 3.0
 GAUSSIAN_REACH, _BOX_REACH = 1.3, 0.75  # widths from its centre at which a profile ends
-_NEGLIGIBLE = 0.6  # mm; a kernel this narrow takes less than 15 % off the highest frequency of 1 mm
+_LANCZOS = 3
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,38 @@ def kernel_width(width: float, source: float = 1.0) -> float:
 
 def _oversampling(spacing: float, width: float) -> int:
     """Samples per voxel that a profile of this width needs."""
-    return max(1, math.ceil(spacing / min(1.0, width / 1.2) - 1e-6))
+    step = 1.2 if width < 0.6 else float(np.clip(width / 2.5, 0.8, 1.0))
+    return max(1, math.ceil(spacing / step - 1e-6))
+
+
+def profile_weights(step: float, width: float, box: bool) -> np.ndarray:
+    """Weights of samples ``step`` (mm) apart around a slice's centre.
+
+    Not the profile at the samples, which may fall beside the edges of a box: its integrals over an
+    image that Lanczos' interpolation tells between the samples, too.
+
+    Parameters
+    ----------
+    width, box
+        As in `profile`.
+    """
+    reach = (_BOX_REACH if box else GAUSSIAN_REACH) * width
+    offsets = np.linspace(-reach, reach, 601)
+    samples = np.arange(-(n := math.ceil(reach / step) + _LANCZOS), n + 1)
+    away = offsets / step - samples[:, None]
+    near = np.abs(away) < _LANCZOS
+    between = np.where(near, np.sinc(away) * np.sinc(away / _LANCZOS), 0.0)
+    weights = between @ profile(offsets, width, box)
+    return weights / weights.sum()
 
 
 def _profile_matrix(n: int, spacing: float, width: float, box: bool) -> tuple[np.ndarray, int, int]:
     """Matrix from fine samples to voxels along one axis, samples per voxel, samples of margin."""
-    if width < _NEGLIGIBLE:
+    if width <= 0:
         return np.eye(n), 1, 0
     m = _oversampling(spacing, width)
-    step = spacing / m
-    reach = math.ceil((_BOX_REACH if box else GAUSSIAN_REACH) * width / step)
-    offsets = np.arange(-reach, reach + 1)
-    weights = profile(offsets * step, width, box)
-    weights /= weights.sum()
+    weights = profile_weights(spacing / m, width, box)
+    reach = len(weights) // 2
     matrix = np.zeros((n, (n - 1) * m + 1 + 2 * reach))
     for i in range(n):
         matrix[i, i * m : i * m + 2 * reach + 1] = weights

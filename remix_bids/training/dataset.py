@@ -253,7 +253,8 @@ def simulate_pair(
     crop, _ = crop_to_foreground(image, size)
     crop, grid = random_cube(rng, crop, size)
     region = np.array([[s.start for s in crop], [s.stop - 1 for s in crop]])
-    native, source = acquire(image, acquisition, region=region), acquisition.grid
+    native = acquire(image, acquisition, region=region).clamp(min=0)  # a magnitude
+    source = acquisition.grid
     if rng.random() < augment.noise:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         native = add_rician_noise(native, rng.uniform(0, augment.noise_range), generator)

@@ -119,7 +119,7 @@ class RemixLoss:
             [
                 mae(x, y, weight),
                 gradient_mae(x, y, weight) * detail,
-                ssim_loss(x, y, weight) * detail,
+                ssim_loss(x * covered, y * covered, weight) * detail,  # whole windows are seen
                 correlation_loss(x, y, weight),
             ]
         )

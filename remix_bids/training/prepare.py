@@ -146,6 +146,7 @@ def prepare(
                     "datasets with the same label? Give one of them another label, or another "
                     "folder"
                 )
+        if row["name"] in {*scans, *splits}:  # or of another dataset, and named since
             row["split"] = split_of(row["name"])
 
     def write() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from remix_bids.errors import UsageError
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.reference import reference_output
-from remix_bids.experts.registry import EXPERTS, GENERAL, ExpertRecord
+from remix_bids.experts.registry import EXPERTS, GENERAL, UNBOUNDED, ExpertRecord
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import CLASS_RANGES, geometries
 from remix_bids.toml_file import read_toml
@@ -240,6 +240,13 @@ def run_recipe(
     simulates = "cpu" if workers else device
     persons = load_persons(prepared, "train", simulates)
     unseen = load_persons(prepared, "validation", simulates)
+    reserved = recipe.get("persons", {}).values()
+    named = {name.removeprefix("sub-") for names in reserved for name in names}
+    if strayed := sorted(named & {person.name for person in persons}):
+        raise UsageError(
+            f"{', '.join(strayed)}: the recipe names them as validation or held_out, {prepared} "
+            "holds them as persons to train on; run remix-experts prepare with this --recipe again"
+        )
     mask = np.load(prepared / "strip_mask.npy", allow_pickle=False)
     common = {
         "bank": own_bank,
@@ -329,10 +336,10 @@ def export_experts(trained: Path, output: Path, steps: Sequence[int] = (0,) * 7)
         shutil.copyfile(source, output / file)  # readable by all, unlike what safetensors writes
         with safe_open(str(source), framework="pt") as weights:
             provenance = json.loads(weights.metadata()["provenance"])
-        low, high = (0.0, 1e9) if name == GENERAL else (int(name) - 0.5, int(name) + 0.5)
+        low, high = (0.0, UNBOUNDED) if name == GENERAL else (int(name) - 0.5, int(name) + 0.5)
         # One millimetre in-plane is the finest that is simulated, so the spacing is the volume.
         seen = CLASS_RANGES[7 if name == GENERAL else int(name)][1]
-        low, high = (0.0 if name == "1" else low), (1e9 if name == "7" else high)
+        low, high = (0.0 if name == "1" else low), (UNBOUNDED if name == "7" else high)
         digest = hashlib.sha256((output / file).read_bytes()).hexdigest()
         network = load_expert(ExpertRecord(name, output / file, digest, low, high))
         lines += [

@@ -42,7 +42,7 @@ class Schedule:
     """Hyper-parameters of one stage."""
 
     steps: int  # 0: the start itself, such as the mean of two stages
-    rate: float = 5e-4  # peak; the stages after the first take half of it
+    rate: float = 5e-4  # peak
     batch: int = 2  # patches, of each process
     warmup: int = 100  # steps
     final: float = 0.01  # of the peak rate, at the end of the cosine
@@ -77,6 +77,8 @@ def simulated(
         pin_memory=ahead,
     )
     for sample in loader:
+        if workers and not ahead:  # out of shared memory, of which containers have little
+            sample = {key: value.clone() for key, value in sample.items()}
         cuts = sample.pop("cuts")  # read here, so that nothing waits for the device
         on_device = {key: value.to(device, non_blocking=ahead) for key, value in sample.items()}
         yield on_device | {"cuts": cuts}
@@ -189,7 +191,20 @@ def as_features_lie(tensor: Tensor) -> Tensor:
 class State:
     """Network, its average, optimiser and step, kept in one safetensors file."""
 
-    def __init__(self, network: ResidualUNet, schedule: Schedule, device: torch.device) -> None:
+    def __init__(
+        self,
+        network: ResidualUNet,
+        schedule: Schedule,
+        device: torch.device,
+        patches_per_volume: int,
+    ) -> None:
+        # What decides, with the step, which volumes come next.
+        self.division = {
+            "processes": team.SIZE,
+            "batch": schedule.batch,
+            "volumes_per_round": schedule.volumes_per_round,
+            "patches_per_volume": patches_per_volume,
+        }
         self.network = network.to(device)
         for weight in self.network.parameters():
             weight.data = as_features_lie(weight.data)
@@ -221,7 +236,7 @@ class State:
             "step": self.step,
             "factors": self.loss.factors,
             "best": self.best,
-            "processes": team.SIZE,
+            **self.division,
         }
         part = path.with_suffix(".part")
         plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
@@ -230,12 +245,12 @@ class State:
 
     def load(self, path: Path) -> None:
         progress = read_metadata(path, "progress")
-        # Each process sees volumes of its own: another number of them would see some twice.
-        if (processes := progress.get("processes", team.SIZE)) != team.SIZE:
-            raise UsageError(
-                f"{path.parent}: the number of processes was {processes} at first and is "
-                f"{team.SIZE} now; go on with {processes}, or remove the folder to begin anew"
-            )
+        for name, now in self.division.items():  # with other ones some volumes would come twice
+            if (first := progress.get(name, now)) != now:
+                raise UsageError(
+                    f"{path.parent}: {name} was {first} at first and is {now} now; go on with "
+                    f"{first}, or remove the folder to begin anew"
+                )
         tensors = load_file(str(path))
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -312,7 +327,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
     torch.manual_seed(simulator.seed)
-    state = State(network, schedule, where)
+    state = State(network, schedule, where, simulator.patches_per_volume)
     if checkpoint.exists():
         state.load(checkpoint)
         LOGGER.info("%s: going on from step %d", folder.name, state.step)
