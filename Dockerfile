@@ -4,7 +4,8 @@
 #
 # with CUDA (the index of the wheels for your driver, as PyTorch's installation page names it):
 #
-#     docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 -t remix-bids:cuda .
+#     docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 \
+#         --build-arg TAG=remix-bids:cuda -t remix-bids:cuda .
 #
 # without a connection to TemplateFlow, with the templates of another machine:
 #

@@ -32,8 +32,8 @@ venv: $(READY)
 
 # torch goes first and alone, so that an index for it serves nothing else.
 $(READY): requirements.txt setup.cfg
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "remix-bids needs Python 3.11 or later; name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "remix-bids needs Python 3.11 to 3.13; name one: make PYTHON=/path/to/python3"; exit 1; }
 	@echo "setting up $(VENV); the first time this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \

@@ -38,10 +38,12 @@ prepare() {
 prepare "$data/external_test" "$out/test" --test
 prepare "$data/train" "$out/prepared"
 
-remix-experts evaluate "$out/test" "$out/clean.tsv" --noise 0 --dice \
-    --labels "$data/external_test/derivatives/manual" --nprocs "$nprocs"
+manual=$data/external_test/derivatives/manual
+remix-experts evaluate "$out/test" "$out/clean.tsv" --noise 0 --dice --labels "$manual" --nprocs "$nprocs"
+remix-experts evaluate "$out/test" "$out/clean7.tsv" --noise 0 --classes 7 --dice --dice-scans 6 \
+    --labels "$manual" --nprocs "$nprocs"
 remix-experts evaluate "$out/test" "$out/noisy.tsv" --noise 0.02 --nprocs "$nprocs"
-remix-experts table "$out/table1" "$out/clean.tsv" "$out/noisy.tsv"
+remix-experts table "$out/table1" "$out/clean.tsv" "$out/noisy.tsv" "$out/clean7.tsv"
 remix-experts evaluate "$out/prepared" "$out/heads.tsv" --split held_out --classes 3 4 5 6 7 \
     --geometries 1 --every-expert --nprocs "$nprocs"
 once lesions.log remix-experts lesions "$out/test" "$out/lesions.tsv" --persons 2

@@ -94,7 +94,12 @@ def _advice(space: str) -> str:
         f"    python -c \"from templateflow import api; api.get('{space}', resolution=1, "
         "suffix=['T1w', 'mask'], extension='.nii.gz')\"\n"
         "and copy its TEMPLATEFLOW_HOME (~/.cache/templateflow, if nothing else is set) here; "
-        "the variable TEMPLATEFLOW_HOME says where it is."
+        + (
+            "bind it into the container and let the variable TEMPLATEFLOW_HOME say where "
+            "(docs/hpc.md, section 2)."
+            if os.environ.get("REMIX_BIDS_CONTAINER")
+            else "the variable TEMPLATEFLOW_HOME says where it is."
+        )
     )
 
 

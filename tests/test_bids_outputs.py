@@ -1,7 +1,10 @@
 """Names and files of the output dataset."""
 
+import base64
+import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +16,7 @@ import nibabel as nb
 import numpy as np
 import pytest
 from nipype.interfaces.base import Undefined
+from PIL import Image
 
 from remix_bids.config import RunConfig
 from remix_bids.derivatives import IGNORED, write_dataset_files, write_text
@@ -467,6 +471,21 @@ def test_both_panels_have_one_window():
     twice = mosaic.before_after(before, 2 * before, mask)
     images = [part.split('"')[0] for part in twice.split('href="data:')[1:]]
     assert images[0] != images[1]  # a window of its own would hide the difference
+
+
+@pytest.mark.parametrize("row", [0, 1])  # axial, coronal
+def test_left_and_right_are_marked_where_they_are(row):
+    """A person's right half that is bright, in a brain that is higher and longer than wide."""
+    volume = np.full((30, 50, 60), 0.2, dtype=np.float32)
+    volume[15:] = 1
+    page = mosaic.before_after(volume, volume, np.ones(volume.shape, dtype=bool))
+    uri = page.split("base64,")[1].split('"')[0]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))), dtype=float)
+    marks = re.findall(r'<text x="(\d+)" y="(\d+)"[^>]*>([LR])</text>', page)
+    assert [mark[2] for mark in marks] == ["L", "R"] * 2
+    (left, top, _), (right, _, _) = marks[2 * row : 2 * row + 2]
+    line = pixels[int(top)]
+    assert 40 < line[int(left)] < 60 < 240 < line[int(right)]
 
 
 def test_no_name_becomes_markup(tmp_path):

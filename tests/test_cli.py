@@ -81,6 +81,27 @@ def test_parent_imports_neither_torch_nor_ants(dataset, tmp_path):
     assert not (tmp_path / "tf").exists()
 
 
+@pytest.mark.parametrize("spaces", [["MNI152NLin2009aSym"], ["MNI152NLin2009aSym", "T1w"]])
+def test_a_dry_run_names_what_would_be_written(dataset, tmp_path, capsys, spaces):
+    arguments = [dataset, tmp_path / "out", "participant", "-w", tmp_path / "work", "--dry-run"]
+    arguments += ["--experts-dir", fake_experts(tmp_path), "--skip-bids-validation", "--offline"]
+    assert run([*map(str, arguments), "--output-spaces", *spaces]) == 0
+    told = [
+        line.rpartition("/")[2] for line in capsys.readouterr().out.splitlines() if "->" in line
+    ]
+    assert told[:1] == ["sub-01_ses-a_space-MNI152NLin2009aSym_res-1_desc-remix_T1w.nii.gz"]
+    native = [name for name in told if "_space-" not in name]
+    assert len(native) == (len(NAMES) if "T1w" in spaces else 0)
+    assert len(told) == len(NAMES) * len(spaces)
+
+
+@pytest.mark.parametrize("mode", ["--reports-only", "--boilerplate-only", "group"])
+def test_modes_that_write_have_no_dry_run(dataset, tmp_path, mode):
+    level, *option = ("group",) if mode == "group" else ("participant", mode)
+    with pytest.raises(UsageError, match=f"{mode}.* writes: leave one out"):
+        parse_args([str(dataset), str(tmp_path / "out"), level, *option, "--dry-run"])
+
+
 def fake_experts(tmp_path: Path) -> Path:
     import hashlib
 

@@ -133,6 +133,18 @@ def test_task_of_the_second_part_of_many(task):
     assert split(lines)[1]["participant_label"] == ["sub-a"]
 
 
+def test_task_with_templates_that_the_image_lacks(task, tmp_path):
+    code, lines, _ = task("--output-spaces", "MNI152NLin2009cAsym", SLURM_ARRAY_TASK_ID="1")
+    assert code == 0
+    assert not any("/templates" in line for line in lines)
+    own = {"SLURM_ARRAY_TASK_ID": "1", "TEMPLATES": str(tmp_path)}
+    code, lines, _ = task("--output-spaces", "MNI152NLin2009cAsym", **own)
+    engine, app = split(lines)
+    assert (code, app["output_spaces"]) == (0, ["MNI152NLin2009cAsym"])
+    assert f"{tmp_path}:/templates:ro" in engine
+    assert "TEMPLATEFLOW_HOME=/templates" in engine
+
+
 def test_task_without_a_participant(task):
     code, lines, error = task(SLURM_ARRAY_TASK_ID="3")
     assert (code, lines) == (2, [])

@@ -110,11 +110,18 @@ def test_table_and_dictionary(tmp_path):
     assert dictionary["snr_before"]["LongName"].endswith("of the interpolated image")
 
 
-def test_only_the_participants_asked_for(tmp_path):
+def test_only_the_participants_and_sessions_asked_for(tmp_path, caplog):
     write(tmp_path, cohort(5))
     assert [row["bids_name"] for row in collect(tmp_path, ["0002"])] == ["sub-0002_T1w"]
-    with pytest.raises(NothingToDoError, match="participant level first"):
+    assert not caplog.text
+    assert len(collect(tmp_path, ["0002", "99"])) == 1
+    assert "not in the table, for there is no *_desc-remix_qc.json of them: sub-99" in caplog.text
+    with pytest.raises(NothingToDoError, match=r"qc.json of sub-9 below .*participant level first"):
         collect(tmp_path, ["9"])
+    with pytest.raises(NothingToDoError, match="of sub-0002, ses-a below"):
+        collect(tmp_path, ["0002"], ["a"])
+    write(tmp_path, [cohort(1)[0] | {"bids_name": f"sub-0000_ses-{s}_T1w"} for s in "ab"])
+    assert [row["bids_name"] for row in collect(tmp_path, (), ["b"])] == ["sub-0000_ses-b_T1w"]
 
 
 def test_damaged_files_are_left_out(tmp_path):

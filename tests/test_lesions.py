@@ -327,6 +327,7 @@ def test_what_evaluate_and_table_refuse(prepared, tmp_path, capsys):
     assert "--noise 0.01: back-projection is not" in evaluate("--noise", "0.01", methods=())
     assert "add --split validation" in evaluate("--tune", methods=())
     own = tmp_path / "protocol.toml"
+    assert "go together" in evaluate("--template", __file__)
     assert "No such file" in evaluate("--protocol", own)
     own.write_text("noise = [0")
     assert f"--protocol {own}: " in evaluate("--protocol", own)

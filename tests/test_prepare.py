@@ -7,7 +7,7 @@ import nibabel as nb
 import numpy as np
 import pytest
 
-from remix_bids.cli.experts import _coverage
+from remix_bids.cli.experts import _coverage, main
 from remix_bids.errors import InputImageError, RemixError, UsageError
 from remix_bids.registration.affine import Templates
 from remix_bids.training.prepare import load_image, prepare
@@ -82,3 +82,20 @@ def test_a_scan_that_cannot_be_read_is_told(tmp_path):
     with pytest.raises(RemixError, match=r"1 of 1 scans could not be prepared, the first .*sub-x"):
         prepare({"x": scan}, Templates(template, None), tmp_path, validation=[], held_out=[])
     assert splits(tmp_path) == {}
+
+
+def test_a_template_that_is_not_there_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "prepare",
+                str(tmp_path),
+                str(tmp_path / "out"),
+                "--template",
+                "/no",
+                "--template-mask",
+                "/no",
+            ]
+        )
+    assert "there is no file '/no'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

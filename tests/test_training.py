@@ -612,6 +612,7 @@ def test_what_training_lacks_is_told(prepared, tmp_path, capsys):
     named.write_text(recipe + f'[persons]\nvalidation = ["sub-{person(0).name}"]\n')
     for options, said in (
         ([str(prepared), str(out), "--recipe", str(named)], "names them as validation or held_out"),
+        ([str(prepared), str(out), *common, "--device", "cuda:99"], "CUDA device.s. here"),
         ([str(prepared), str(out), *common, "--stage", "6"], "--stage 6: .* holds trunk, 5"),
         ([str(prepared), str(out), *common, "--stage", "5"], "stage 5 begins with trunk"),
         ([str(out), str(out), *common], "there is no .*persons.json"),
@@ -639,7 +640,7 @@ def test_a_mistake_in_a_recipe_is_told_and_not_copied(prepared, tmp_path, capsys
         assert main(["train", str(prepared), str(out), "--recipe", str(recipe)]) == 2
         assert re.search(said, capsys.readouterr().err)
         assert not (out / "recipe.toml").exists()
-    masks = ["--template", "x", "--template-mask", "y"]
+    masks = ["--template", __file__, "--template-mask", __file__]
     assert main(["prepare", str(out), str(out), "--recipe", "no.toml", *masks]) == 2
     assert "No such file" in capsys.readouterr().err
 

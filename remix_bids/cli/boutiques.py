@@ -18,7 +18,7 @@ from remix_bids.cli import parser as options
 # Types of the parser, and what they are called in a descriptor. A folder that the app makes is a
 # string: Boutiques expects a File to be there before.
 _TYPES: dict[Any, dict[str, Any]] = {
-    options._file: {"type": "File"},
+    options.existing_file: {"type": "File"},
     options._folder: {"type": "File"},
     options.positive: {"type": "Number", "integer": True, "minimum": 1},
     options._seed: {"type": "Number", "integer": True, "minimum": 0, "maximum": 2**31 - 1},

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NoReturn
 
 from remix_bids import __version__, workers
-from remix_bids.cli.parser import positive
+from remix_bids.cli.parser import existing_file, positive
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
 from remix_bids.toml_file import read_toml
 
@@ -109,6 +109,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train the stages of a recipe in their order."""
+    from remix_bids.resources import resolve_device
     from remix_bids.training import team
     from remix_bids.training.recipe import read_recipe, run_recipe
 
@@ -125,7 +126,7 @@ def train(args: argparse.Namespace) -> None:
         args.output,
         only=args.stage,
         bank=args.bank,
-        device=args.device,
+        device=resolve_device(args.device),
         workers=args.workers,
     )
 
@@ -284,6 +285,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for person in persons if args.labels else ():
         if not (file := manual_labels(args.labels, person)).is_file() and not person.head:
             raise UsageError(f"--labels: there is no {file}; use --persons, or leave --labels out")
+    if (args.template is None) != (args.template_mask is None):
+        raise UsageError("--template and --template-mask go together: name both, or none")
     if args.template and segmenter:
         raise UsageError(
             "--template moves the truth for every scan: leave Dice to a run without it"
@@ -425,8 +428,8 @@ def get_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("prepare", help=prepare.__doc__)
     p.add_argument("bids_dir", type=Path, help="BIDS dataset of high-resolution T1w scans")
     p.add_argument("output", type=Path)
-    p.add_argument("--template", type=Path, required=True, help="T1w template with skull")
-    p.add_argument("--template-mask", type=Path, required=True, help="its brain mask")
+    p.add_argument("--template", type=existing_file, required=True, help="T1w template with skull")
+    p.add_argument("--template-mask", type=existing_file, required=True, help="its brain mask")
     p.add_argument("--recipe", type=Path, help="default: the shipped one")
     p.add_argument("--test", action="store_true", help="all persons are held out: for `evaluate`")
     p.add_argument("--nprocs", type=positive, default=1)
@@ -502,9 +505,11 @@ def get_parser() -> argparse.ArgumentParser:
         "must number its labels likewise",
     )
     p.add_argument(
-        "--template", type=Path, help="register every acquired image to this T1w, as the app does"
+        "--template",
+        type=existing_file,
+        help="register every acquired image to this T1w, as the app does",
     )
-    p.add_argument("--template-mask", type=Path, help="its brain mask")
+    p.add_argument("--template-mask", type=existing_file, help="its brain mask")
     p.add_argument(
         "--method-command",
         action="append",

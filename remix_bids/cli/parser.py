@@ -93,7 +93,7 @@ def _path(text: str) -> Path:
     return Path(os.path.abspath(Path(text).expanduser()))
 
 
-def _file(text: str) -> Path:
+def existing_file(text: str) -> Path:
     path = _path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text!r}")
@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--bids-filter-file",
-        type=_file,
+        type=existing_file,
         metavar="FILE",
         help='JSON file with PyBIDS filters under the key "t1w", '
         'for example {"t1w": {"acquisition": "axial"}}',
@@ -252,7 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     means.add_argument(
         "--use-plugin",
-        type=_file,
+        type=existing_file,
         metavar="FILE",
         help="Nipype plugin file (YAML with plugin and plugin_args), for example for a cluster",
     )
@@ -268,7 +268,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--config-file",
-        type=_file,
+        type=existing_file,
         metavar="FILE",
         help="TOML file with settings, such as the remix_bids.toml of an earlier run; "
         "the command line wins",

@@ -27,7 +27,7 @@ from remix_bids.qc.dictionary import qc_dictionary
 NOTICE = '<p class="notice"><b>Not for diagnostic use.</b> The output is an estimate.</p>\n'
 DIFFERENCE_SCALE = 0.2  # of the intensity window; the same for all scans
 RIM = 5  # voxels
-CHI2_SCALE = (1.0, 16.0)  # up to the noise; four times the noise
+MISFIT_SCALE = (1.0, 4.0)  # times the noise: transparent up to, red from
 
 
 class _FigureOutputSpec(TraitedSpec):
@@ -162,9 +162,9 @@ class PlotConsistency(SimpleInterface):
         after, seen = load(self.inputs.after), _seen(self.inputs)
         top = mosaic.intensity_window(after, seen)[1]
         folder = Path(runtime.cwd)
-        low, high = CHI2_SCALE
-        title = f"reduced chi-square: clear up to {low:g}, yellow to red at {high:g} and above"
-        values = load(self.inputs.chi2)
+        low, high = MISFIT_SCALE
+        title = f"disagreement, clear up to {low:g} x noise, yellow to red at {high:g} x and above"
+        values = np.sqrt(load(self.inputs.chi2))
         text = mosaic.painted(after, values, seen, mosaic.Palette(high, low), title)
         (folder / "consistency.svg").write_text(text)
         part = load(self.inputs.unknowable)

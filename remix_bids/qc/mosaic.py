@@ -1,7 +1,7 @@
 """Mosaics of slices as small, self-contained SVG text (arrays in, text out).
 
 All volumes are (x, y, z) on one grid whose axes point right, anterior and superior, such as the
-working grid. Panels show the left of the body on the left.
+working grid. Panels show the person's left on the page's left, and say so (L, R).
 """
 
 from __future__ import annotations
@@ -92,13 +92,17 @@ def _slices(volume: np.ndarray, cuts: Cuts) -> list[list[np.ndarray]]:
 class _Layout:
     """Where each tile of a mosaic stands."""
 
-    tile_width: int
+    tile_widths: tuple[int, int, int]
     row_heights: tuple[int, int, int]
     n: int
 
     @property
+    def place_width(self) -> int:
+        return max(self.tile_widths)
+
+    @property
     def width(self) -> int:
-        return self.n * (self.tile_width + GAP) - GAP
+        return self.n * (self.place_width + GAP) - GAP
 
     @property
     def height(self) -> int:
@@ -106,13 +110,30 @@ class _Layout:
 
     def corner(self, row: int, column: int, tile: np.ndarray) -> tuple[int, int]:
         """Upper left pixel (x, y) of a tile, centred in its place."""
-        x = column * (self.tile_width + GAP) + (self.tile_width - tile.shape[1]) // 2
-        return x, sum(self.row_heights[:row]) + row * GAP
+        x = column * (self.place_width + GAP) + (self.place_width - tile.shape[1]) // 2
+        return x, self.top(row)
+
+    def top(self, row: int) -> int:
+        """Pixel (y) where a row begins."""
+        return sum(self.row_heights[:row]) + row * GAP
+
+    def sides(self) -> str:
+        """L and R beside the first axial and the first coronal tile, as SVG."""
+        left = (self.place_width - self.tile_widths[0]) // 2
+        return "".join(_sides(left, left + self.tile_widths[0], self.top(row)) for row in (0, 1))
+
+
+def _sides(left: int, right: int, top: int) -> str:
+    """L and R in the upper corners of a tile."""
+    return (
+        f'<text x="{left + 3}" y="{top + 15}">L</text>'
+        f'<text x="{right - 3}" y="{top + 15}" text-anchor="end">R</text>'
+    )
 
 
 def _layout(shape: tuple[int, ...], n: int) -> _Layout:
     nx, ny, nz = shape
-    return _Layout(max(nx, ny), (ny, nz, nz), n)
+    return _Layout((nx, nx, ny), (ny, nz, nz), n)
 
 
 _WARM = np.array([[255.0, 200, 30], [235, 30, 20]])
@@ -246,7 +267,7 @@ def overlay(
         definitions += _image(name, uri, layout)
     body = _panel("image", "registered image, outline of the template's brain", "", edges)
     body += _panel("reference", "template", "flip", edges)
-    return _page(definitions, body, layout.width, layout.height)
+    return _page(definitions, body + layout.sides(), layout.width, layout.height)
 
 
 def before_after(
@@ -255,7 +276,7 @@ def before_after(
     mask: np.ndarray,
     *,
     n: int = 4,
-    names: tuple[str, str] = ("before: the acquired slices", "after: super-resolved"),
+    names: tuple[str, str] = ("before: the acquired slices", "after: the output"),
     outline: np.ndarray | None = None,
 ) -> str:
     """Two volumes in one place and one intensity window; hovering shows the second.
@@ -287,7 +308,7 @@ def before_after(
     # A title of its own colour, and a ground of its own: two texts must not show through.
     cover = f'<rect y="{-TITLE}" width="{layout.width}" height="{TITLE}"/>'
     body += f'<g class="over">{cover}{_panel("after", names[1], "", edges)}</g>'
-    return _page(definitions, body, layout.width, layout.height)
+    return _page(definitions, body + layout.sides(), layout.width, layout.height)
 
 
 def painted(
@@ -324,7 +345,7 @@ def painted(
     cover = f'<rect y="{-TITLE}" width="{layout.width}" height="{TITLE}"/>'
     body = _panel("map", title)
     body += f'<g class="over">{cover}{_panel("image", "the image alone")}</g>'
-    return _page(definitions, body, layout.width, layout.height)
+    return _page(definitions, body + layout.sides(), layout.width, layout.height)
 
 
 def close_ups(
@@ -375,13 +396,15 @@ def close_ups(
         columns.append(np.concatenate([np.pad(t, ((0, GAP), (0, GAP), (0, 0))) for t in enlarged]))
     canvas = np.concatenate(columns, axis=1) if columns else np.zeros((GAP, GAP, 3))
     height, width = canvas.shape[:2]
+    step = side * zoom + GAP
     text = "".join(
-        f'<text x="{i * (side * zoom + GAP) + 6}" y="-7">{title}</text>'
-        for i, title in enumerate(titles)
+        f'<text x="{i * step + 6}" y="-7">{title}</text>' for i, title in enumerate(titles)
     )
     rows = ("before", "after", "difference")
-    text += "".join(
-        f'<text x="6" y="{i * (side * zoom + GAP) + 16}">{row}</text>' for i, row in enumerate(rows)
-    )
+    text += "".join(f'<text x="6" y="{i * step + 16}">{row}</text>' for i, row in enumerate(rows))
+    if normal != 0:  # a sagittal plane has no left and right
+        text += "".join(
+            _sides(i * step, i * step + side * zoom, side * zoom - 21) for i in range(len(places))
+        )
     picture = f'<image href="{_jpeg(canvas)}" width="{width}" height="{height}"/>'
     return _page("", picture + text, width, height)
