@@ -10,19 +10,19 @@ validation persons, half of the volumes noisy. One seed: read differences, and n
 from __future__ import annotations
 
 import argparse
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from commit import commit
 from variants import patches, restored, train
 
 from remix_bids.evaluation.metrics import correlation, psnr, ssim
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.registry import GENERAL, load_registry
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import load_bank
+from remix_bids.simulation.acquisition import geometries
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.losses import PARTS, RemixLoss
 from remix_bids.training.trainer import forward_parts
@@ -69,7 +69,7 @@ def main() -> None:
     own = tuple(float(k == given.expert) for k in range(1, 8))
 
     def simulator(split: str, seed: int) -> Simulator:
-        bank = [g for g in load_bank() if not g.held_out]
+        bank = geometries(held_out=False)
         return Simulator(load_persons(given.prepared, split), bank, strip, own, seed=seed)
 
     told = simulator("train", 5026)
@@ -80,17 +80,11 @@ def main() -> None:
     with torch.no_grad():
         first = {key: value[:32] for key, value in pool.items()}
         whole = RemixLoss().calibrated(forward_parts(None, first, RemixLoss(), 4))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     lines = [
         "# What each part of the recipe is worth",
         "",
         f"`python benchmarks/ablations.py PREPARED --expert {given.expert} --steps {given.steps}` "
-        f"at commit {commit}: one seed, expert {given.expert}, {given.steps} steps for each arm, "
+        f"at commit {commit()}: one seed, expert {given.expert}, {given.steps} steps for each arm, "
         f"{len(pairs)} volumes of validation persons, half of them noisy.",
         "",
         "| arm | PSNR gain, dB | SSIM gain | correlation gain |",

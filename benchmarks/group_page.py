@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from commit import commit
 
 from remix_bids.reports.group import write_group
 from tests.pages import figures_of, open_browser
@@ -53,8 +53,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="without extension")
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     with tempfile.TemporaryDirectory() as folder:
         pages = {n: cohort(Path(folder) / str(n), n) for n in COUNTS}
         sizes = {n: page.stat().st_size / 1e6 for n, page in pages.items()}
@@ -69,7 +67,7 @@ def main() -> None:
         browser.quit()
     lines = [
         "# The group page in a browser\n\n`python -m benchmarks.group_page --repeats "
-        f"{given.repeats} --out {given.out}` at {commit}: medians "
+        f"{given.repeats} --out {given.out}` at {commit()}: medians "
         f"of {given.repeats}, headless Chromium, pages opened in turn.\n",
         "| scans | page, MB | open, ms | sort, ms | draw another figure, ms |",
         "|" + " --- |" * 5,

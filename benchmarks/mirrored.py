@@ -23,7 +23,7 @@ from remix_bids.evaluation.table import markdown_table
 from remix_bids.experts.inference import load_expert, predict
 from remix_bids.experts.registry import GENERAL
 from remix_bids.experts.unet import ResidualUNet
-from remix_bids.simulation.acquisition import load_bank
+from remix_bids.simulation.acquisition import geometries
 from remix_bids.training.dataset import Simulator, load_persons
 from remix_bids.training.trainer import psnr
 
@@ -68,7 +68,7 @@ def main() -> None:
     network = load_expert(registry_of(given.experts_dir)[GENERAL])
     persons = load_persons(given.prepared, "validation")
     mask = torch.from_numpy(np.load(given.prepared / "strip_mask.npy", allow_pickle=False))
-    bank = [g for g in load_bank() if not g.held_out]
+    bank = geometries(held_out=False)
     body = []
     for k in range(1, 8):
         only = tuple(float(c == k) for c in range(1, 8))

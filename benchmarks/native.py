@@ -13,11 +13,11 @@ half a millimetre off.
 from __future__ import annotations
 
 import argparse
-import subprocess
 from pathlib import Path
 
 import nibabel as nb
 import numpy as np
+from commit import commit
 from scipy.ndimage import gaussian_filter, map_coordinates, spline_filter
 from skimage.feature import corner_peaks, structure_tensor
 from skimage.registration import phase_cross_correlation
@@ -75,11 +75,9 @@ def main() -> None:
     parser.add_argument("--landmarks", type=int, default=40, help="of each scan")
     parser.add_argument("--out", type=Path, required=True, help="without extension")
     given = parser.parse_args()
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     lines = [
         "# Landmarks of native outputs\n\n`python benchmarks/native.py BIDS OUT --out "
-        f"{given.out}` at {commit}."
+        f"{given.out}` at {commit()}."
         f" Displacement in mm between input and output, which `--output-spaces T1w` wrote.\n",
         "| scan | voxel sizes, mm | turned by, degrees | landmarks | median | 95 % | largest | "
         "median, read 0.5 mm off |",

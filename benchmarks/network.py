@@ -20,6 +20,8 @@ from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
+from commit import commit
+
 # The network of SynthSR (Iglesias et al. 2021): a U-Net with two convolutions of 3 x 3 x 3 on each
 # level, up and down, one channel in and out. Its tool runs it twice, on the image and on its mirror
 # image, as `remix_bids.experts.inference.predict` does: the limit holds a pass against a pass.
@@ -167,15 +169,11 @@ def main() -> None:
     rows = table(options.experts_dir)
     print(rows)
     if options.out:
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(  # noqa: S603
-            git, capture_output=True, text=True, check=False
-        ).stdout.strip()
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(
             "# One expert, measured\n\n"
             "`python benchmarks/network.py --out docs/evidence/network.md` at commit "
-            f"{commit or 'unknown'}, {date.today()}.\n\n{rows}\n\n"
+            f"{commit() or 'unknown'}, {date.today()}.\n\n{rows}\n\n"
             "An operation is a multiplication or an addition, as torch counts convolutions; the "
             "pass includes the padding of the grid. SynthSR's figures are counted in the same way "
             "from the design of its network. The seconds depend on the machine and on what else "

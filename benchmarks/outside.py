@@ -22,7 +22,7 @@ from remix_bids.evaluation.metrics import eroded, psnr
 from remix_bids.evaluation.restore import as_shipped, as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC, ESTIMATE
 from remix_bids.experts.registry import Registry
-from remix_bids.simulation.acquisition import SyntheticShape, load_bank, place, to_working_grid
+from remix_bids.simulation.acquisition import SyntheticShape, geometries, place, to_working_grid
 from remix_bids.spatial import coverage
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 
@@ -59,7 +59,7 @@ def inverted(image: Tensor) -> Tensor:
 def measured(person: Person, outside: Outside, seed: list[int], experts: Registry) -> list[float]:
     """PSNR of cubic interpolation, the estimate and the app."""
     rng = np.random.default_rng(seed)
-    bank = [g for g in load_bank() if not g.held_out]
+    bank = geometries(held_out=False)
     shape = SyntheticShape(outside.in_plane, outside.spacing, 0.0)
     acquisition = place(bank[rng.integers(len(bank))], person.world, rng, shape=shape)
     truth = person.image.float()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from commit import commit
 from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filter
 
 from remix_bids.evaluation.cases import Case
@@ -212,9 +212,6 @@ def table_of_steps(rows: list[dict]) -> str:
 
 def write(rows: list[dict], given: argparse.Namespace) -> None:
     """The table (Markdown) and every row (TSV)."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)  # noqa: S603
-    commit = done.stdout.strip()
     persons = list(dict.fromkeys(row["person"] for row in rows))
     names = ", ".join(persons)
     command = f"python benchmarks/quality.py TEST --out {given.out}"
@@ -223,7 +220,7 @@ def write(rows: list[dict], given: argparse.Namespace) -> None:
     command += f" --noise {' '.join(map(str, given.noise))}"
     title = "The consistency step and PSNR" if given.enforce else "Does the consistency check tell?"
     text = (
-        f"# {title}\n\n`{command}` at commit {commit or 'unknown'}, {date.today()}; every row is "
+        f"# {title}\n\n`{command}` at commit {commit() or 'unknown'}, {date.today()}; every row is "
         f"in `{given.out.name}.tsv`. Persons: {names}.\n\n"
     )
     text += (table_of_steps if given.enforce else table_of_outputs)(rows) + "\n"

@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import resource
-import subprocess
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -36,6 +35,7 @@ from typing import Any
 
 import nibabel as nb
 import numpy as np
+from commit import commit
 from scipy.spatial.transform import Rotation
 
 SEED = 4
@@ -324,14 +324,10 @@ def main() -> None:
             )
             writer.writeheader()
             writer.writerows(rows)
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(  # noqa: S603
-            git, capture_output=True, text=True, check=False
-        ).stdout.strip()
         options.out.with_suffix(".md").write_text(
             "# Registration, measured\n\n"
             "`python benchmarks/registration.py DATA --out docs/evidence/registration` at commit "
-            f"{commit or 'unknown'}, {date.today()}; every row is in `registration.tsv`.\n\n"
+            f"{commit() or 'unknown'}, {date.today()}; every row is in `registration.tsv`.\n\n"
             + "\n".join(lines)
             + "\n\nThe truth is the registration of each person's own high-resolution image, so "
             "this measures how well a degraded and moved image finds the same affine, not the "

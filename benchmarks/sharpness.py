@@ -19,7 +19,7 @@ from remix_bids.evaluation.metrics import eroded, psnr
 from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.experts.registry import Registry
-from remix_bids.simulation.acquisition import draw, load_bank, to_working_grid
+from remix_bids.simulation.acquisition import draw, geometries, to_working_grid
 from remix_bids.spatial import coverage
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons, sharpened
 
@@ -31,7 +31,7 @@ def gains(
 ) -> list[float]:
     """One for each of `AMOUNTS`, through the same acquisition and noise."""
     rng = np.random.default_rng(seed)
-    acquisition = draw(rng, [g for g in load_bank() if not g.held_out], [person.world], klass)
+    acquisition = draw(rng, geometries(held_out=False), [person.world], klass)
     found = []
     for amount in AMOUNTS:
         truth = sharpened(person.image.float(), amount)

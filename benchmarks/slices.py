@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from remix_bids.evaluation.restore import see
-from remix_bids.simulation.acquisition import draw, from_header, load_bank, slice_axis
+from remix_bids.simulation.acquisition import draw, from_header, geometries, slice_axis
 from remix_bids.simulation.slices import (
     EXPECTED,
     from_scan,
@@ -35,7 +35,7 @@ BANDS = ((2, 3), (3, 4), (4, 5), (5, 6), (6, 9))  # mm between slices
 def errors(person: Person, klass: int, noise: float, seed: tuple[int, ...]) -> list[float] | None:
     """Spacing, and errors of header, measurement and what is used, mm; None if not measured."""
     rng = np.random.default_rng(seed)
-    bank = [g for g in load_bank() if not g.held_out]
+    bank = geometries(held_out=False)
     acquisition = draw(rng, bank, [person.world], klass)
     thickness = acquisition.thickness if rng.random() < 0.5 else None
     grid, world = acquisition.grid, acquisition.world

@@ -34,7 +34,7 @@ from remix_bids.evaluation.restore import registry_of, see
 from remix_bids.experts.inference import enhance, load_expert
 from remix_bids.experts.registry import Registry
 from remix_bids.simulation import estimate
-from remix_bids.simulation.acquisition import Acquisition, draw, load_bank, slice_axis
+from remix_bids.simulation.acquisition import Acquisition, draw, geometries, slice_axis
 from remix_bids.simulation.slices import from_scan, true_width, width_of_slices, with_width
 from remix_bids.spatial import Grid
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
@@ -75,7 +75,7 @@ def run(
     tuned: list[tuple[int, float]],
 ) -> dict[str, float]:
     rng = np.random.default_rng(seed)
-    bank = [g for g in load_bank() if not g.held_out]
+    bank = geometries(held_out=False)
     acquisition = draw(rng, bank, [person.world], klass)
     thickness = acquisition.thickness if rng.random() < 0.5 else None
     truth = person.image.float()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 @pytest.fixture(scope="module")
 def network():
     path = Path(__file__).parents[1] / "benchmarks" / "network.py"
+    sys.path.append(str(path.parent))  # as of a script that is run
     spec = importlib.util.spec_from_file_location("network_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
