@@ -22,8 +22,8 @@ from remix_bids.evaluation.metrics import eroded, psnr
 from remix_bids.evaluation.restore import as_shipped, as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC, ESTIMATE
 from remix_bids.experts.registry import Registry
-from remix_bids.simulation.acquisition import SyntheticShape, geometries, place, to_working_grid
-from remix_bids.spatial import coverage
+from remix_bids.simulation.acquisition import SyntheticShape, geometries, place
+from remix_bids.simulation.degrade import field_of_view
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons
 
 
@@ -69,7 +69,7 @@ def measured(person: Person, outside: Outside, seed: list[int], experts: Registr
     record, told = experts.select(acquisition.volume), as_told(native, acquisition)
     made = restore(native, told, grid, [record])
     shipped = as_shipped(made[record.name], made[CUBIC], native, told, grid, record)
-    seen = coverage(to_working_grid(acquisition), acquisition.grid.shape, person.image.shape)
+    seen = field_of_view(acquisition)
     truth = truth[crop]
     mask = eroded((truth > 0.05) & seen[crop], 2)
     return [psnr(image, truth, mask) for image in (made[CUBIC], made[ESTIMATE], shipped)]

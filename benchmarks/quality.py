@@ -30,10 +30,10 @@ from remix_bids.evaluation.restore import as_told
 from remix_bids.experts.inference import load_expert
 from remix_bids.experts.registry import load_registry
 from remix_bids.qc import consistency, quality
-from remix_bids.simulation.acquisition import Acquisition, slice_axis, to_working_grid
+from remix_bids.simulation.acquisition import Acquisition, slice_axis
 from remix_bids.simulation.degrade import acquire, add_rician_noise, restore_grid
 from remix_bids.simulation.estimate import linear_estimate, make_consistent
-from remix_bids.spatial import WORKING_GRID
+from remix_bids.spatial import WORKING_GRID, index_map
 from remix_bids.training.dataset import Person, load_persons
 
 SEED = 4
@@ -91,7 +91,7 @@ def planted(expert: np.ndarray, brain: np.ndarray, normal: int) -> Iterator[tupl
 
 def local(found: consistency.Consistency, place: np.ndarray, acquisition: Acquisition) -> float:
     """Largest chi-square within 5 mm of a place of the working grid."""
-    mapping = to_working_grid(acquisition)
+    mapping = index_map(WORKING_GRID, acquisition.grid, acquisition.world)
     index = (mapping[:3, :3] @ place + mapping[:3, 3]).round().astype(int)
     reach = [2 * max(1, round(5 / s)) + 1 for s in acquisition.grid.voxel_sizes]
     largest = maximum_filter(np.nan_to_num(found.chi2), reach)
@@ -104,7 +104,7 @@ def run_person(person: Person, index: int, klass: int, noise: float, experts: An
     low = restore_grid(native, acquisition.grid, acquisition.world)
     covered = low.covered.numpy()
     brain = (truth > 50).numpy() & covered
-    mapping = to_working_grid(acquisition)
+    mapping = index_map(WORKING_GRID, acquisition.grid, acquisition.world)
     axes, thick = np.linalg.inv(mapping)[:3, :3], slice_axis(acquisition.grid)
     normal = int(np.argmax(np.abs(axes[:, thick])))
     outputs = {"truth": truth.numpy(), "cubic": low.image.numpy()}

@@ -19,8 +19,8 @@ from remix_bids.evaluation.metrics import eroded, psnr
 from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.experts.registry import Registry
-from remix_bids.simulation.acquisition import draw, geometries, to_working_grid
-from remix_bids.spatial import coverage
+from remix_bids.simulation.acquisition import draw, geometries
+from remix_bids.simulation.degrade import field_of_view
 from remix_bids.training.dataset import Person, crop_to_foreground, load_persons, sharpened
 
 AMOUNTS = (-0.8, -0.4, 0.0, 0.4)  # of what a blur of one voxel takes away
@@ -38,7 +38,7 @@ def gains(
         crop, grid = crop_to_foreground(truth, 64)
         native, truth = see(truth, acquisition, noise, seed), truth[crop]
         made = restore(native, as_told(native, acquisition), grid, [experts[str(klass)]])
-        seen = coverage(to_working_grid(acquisition), native.shape, person.image.shape)
+        seen = field_of_view(acquisition)
         mask = eroded((truth > 0.05) & seen[crop], 2)
         found.append(psnr(made[str(klass)], truth, mask) - psnr(made[CUBIC], truth, mask))
     return found

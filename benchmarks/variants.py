@@ -22,7 +22,7 @@ from remix_bids.experts import unet
 from remix_bids.simulation.acquisition import geometries
 from remix_bids.training.dataset import OFF, Pair, Simulator, cut_patch, load_persons
 from remix_bids.training.losses import RemixLoss
-from remix_bids.training.trainer import forward_parts, half_precision, psnr
+from remix_bids.training.trainer import forward_parts, half_precision, psnr_of_unit
 
 FACTORS = (1.0, 0.4, 0.15, 0.2)
 CLASS_4 = (0, 0, 0, 1, 0, 0, 0)
@@ -138,7 +138,7 @@ def restored(network: unet.ResidualUNet, pair: Pair) -> tuple[torch.Tensor, ...]
 
 def gain(network: unet.ResidualUNet, pair: Pair) -> float:
     out, low, y, mask = restored(network, pair)
-    return psnr(out, y, mask) - psnr(low, y, mask)
+    return psnr_of_unit(out, y, mask) - psnr_of_unit(low, y, mask)
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ from remix_bids.simulation.acquisition import (
 from remix_bids.simulation.degrade import (
     acquire,
     add_rician_noise,
-    degrade,
     kernel_width,
     profile,
     restore_grid,
@@ -31,6 +30,12 @@ from remix_bids.simulation.noise import scan_noise
 from remix_bids.spatial import Grid, index_map
 
 from .test_spatial import affine_of, smooth_image
+
+
+def degrade(image, acquisition, grid, order="cubic"):
+    """There and back."""
+    native = acquire(image, acquisition, grid, order=order)
+    return restore_grid(native, acquisition.grid, acquisition.world, grid, order=order)
 
 
 def axial(thickness, spacing, n=20, box=True, fine=100):

@@ -102,6 +102,15 @@ def test_experts_that_the_table_lacks_are_noticed(experts, capsys):
     assert "expert 7 serves volumes up to 9 mm3 only" in capsys.readouterr().out
 
 
+def verified_with_its_checksum(experts, record, capsys):
+    """What `verify` says once a file's own checksum stands in the table; one line each."""
+    digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
+    table = experts / "experts.toml"
+    table.write_text(table.read_text().replace(record.sha256, digest))
+    assert main(["verify", "--experts-dir", str(experts)]) == 78
+    return capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("network", "scan", "said"),
     [
@@ -116,11 +125,7 @@ def test_a_network_of_other_inputs_is_refused_and_stops_no_other(
     with monkeypatch.context() as other:
         other.setattr("remix_bids.training.trainer.SCAN", scan)
         save_network(network, record.path)
-    digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
-    table = experts / "experts.toml"
-    table.write_text(table.read_text().replace(record.sha256, digest))
-    assert main(["verify", "--experts-dir", str(experts)]) == 78
-    lines = capsys.readouterr().out.splitlines()
+    lines = verified_with_its_checksum(experts, record, capsys)
     assert said in lines[2]
     assert sum(line.startswith("ok ") for line in lines) == len(NAMES) - 1
 
@@ -132,11 +137,7 @@ def test_one_changed_weight_is_noticed_by_what_it_computes(experts, capsys):
     with torch.no_grad():
         network.down[0].first.weight[0, 0, 1, 1, 1] += 0.05
     save_network(network, record.path)
-    digest = hashlib.sha256(record.path.read_bytes()).hexdigest()
-    table = experts / "experts.toml"
-    table.write_text(table.read_text().replace(record.sha256, digest))
-    assert main(["verify", "--experts-dir", str(experts)]) == 78
-    lines = capsys.readouterr().out.splitlines()
+    lines = verified_with_its_checksum(experts, record, capsys)
     assert "computes something else" in lines[4]
     assert sum(line.startswith("ok ") for line in lines) == len(NAMES) - 1
 

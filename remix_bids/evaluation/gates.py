@@ -19,8 +19,8 @@ from remix_bids.evaluation.restore import as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC
 from remix_bids.evaluation.table import bootstrap_interval, by_person
 from remix_bids.experts.registry import Registry, effective_voxel_volume, voxel_volume
-from remix_bids.simulation.acquisition import Geometry, geometries, place, to_working_grid
-from remix_bids.spatial import coverage
+from remix_bids.simulation.acquisition import Geometry, geometries, place
+from remix_bids.simulation.degrade import field_of_view
 from remix_bids.training.dataset import Person, crop_to_foreground
 
 LOGGER = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def run_gates(
         told = as_told(native, acquisition)
         results = restore(native, told, grid, [registry[n] for n in names.values()])
         truth = truth[crop]
-        seen = coverage(to_working_grid(acquisition), acquisition.grid.shape, person.image.shape)  # type: ignore[arg-type]
+        seen = field_of_view(acquisition)
         mask = eroded((truth > 0.05) & seen[crop], erosion)
         sizes = case.geometry.grid.voxel_sizes
         LOGGER.info(

@@ -23,8 +23,9 @@ from remix_bids.evaluation.cases import Case
 from remix_bids.evaluation.restore import as_shipped, as_told, registry_of, restore, see
 from remix_bids.evaluation.settings import CUBIC, ESTIMATE, EXPERT, SHIPS
 from remix_bids.evaluation.table import by_person
-from remix_bids.simulation.acquisition import slice_axis, to_working_grid
-from remix_bids.spatial import coverage
+from remix_bids.simulation.acquisition import slice_axis
+from remix_bids.simulation.degrade import field_of_view
+from remix_bids.spatial import WORKING_GRID, index_map
 from remix_bids.training.dataset import crop_to_foreground
 
 LOGGER = logging.getLogger(__name__)
@@ -205,8 +206,8 @@ def run_case(case: Case, experts_dir: Path | None) -> list[dict]:
         found[SHIPS] = as_shipped(found[EXPERT], found[CUBIC], native, told, grid, record)
         return found
 
-    mapping = to_working_grid(acquisition)
-    covered = coverage(mapping, native_grid.shape, truth.shape)[crop]  # type: ignore[arg-type]
+    covered = field_of_view(acquisition)[crop]
+    mapping = index_map(WORKING_GRID, native_grid, acquisition.world)
     rng = np.random.default_rng([*case.seed, 2])
     volumes = place_lesions(truth[crop].numpy(), covered.numpy(), all_lesions(), rng)
     before = restored(truth)

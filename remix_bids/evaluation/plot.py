@@ -9,10 +9,10 @@ import numpy as np
 
 from remix_bids.evaluation.table import (
     bootstrap_interval,
-    by_person,
     classes_of,
     methods_of,
     noise_title,
+    paired_gain,
 )
 
 BASE = "cubic"
@@ -38,11 +38,7 @@ def plot(rows: Sequence[dict], path: Path) -> None:
         mine = [row for row in rows if float(row["noise"]) == noise]
         where = np.arange(len(classes_of(mine)))
         for i, method in enumerate(methods):
-            gains = []
-            for k in classes_of(mine):
-                one = by_person(mine, "psnr", method=method, **{"class": k})
-                base = by_person(mine, "psnr", method=BASE, **{"class": k})
-                gains.append([one[person] - base[person] for person in one])
+            gains = [paired_gain(mine, "psnr", BASE, k, method) for k in classes_of(mine)]
             means = np.array([np.mean(g) for g in gains])
             low, high = np.array([bootstrap_interval(g) for g in gains]).T
             width = 0.85 / len(methods)

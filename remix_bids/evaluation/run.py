@@ -53,8 +53,8 @@ from remix_bids.evaluation.settings import (
 )
 from remix_bids.experts.registry import GENERAL
 from remix_bids.simulation.acquisition import Acquisition
-from remix_bids.simulation.degrade import restore_grid
-from remix_bids.spatial import Grid, coverage, index_map
+from remix_bids.simulation.degrade import field_of_view, restore_grid
+from remix_bids.spatial import Grid, index_map
 from remix_bids.training.dataset import Person, crop_to_foreground
 from remix_bids.workers import lead_a_group
 
@@ -194,8 +194,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
     if inside is not None:
         brain &= inside
     truth, brain = truth[crop], brain[crop]
-    mapping = index_map(grid, acquisition.grid, acquisition.world)
-    covered = coverage(mapping, acquisition.grid.shape, grid.shape)
+    covered = field_of_view(acquisition, grid)
     mask = eroded(brain & covered, settings.protocol["erosion"])
     # The edge of this mask is softened over two voxels; they must not lie beyond the scan.
     outside = eroded(covered, 2) & ~grown(brain, 5) & (truth > FOREGROUND)

@@ -17,7 +17,7 @@ import numpy as np
 
 from remix_bids.errors import UsageError
 from remix_bids.experts.registry import effective_voxel_volume
-from remix_bids.spatial import WORKING_GRID, Grid
+from remix_bids.spatial import Grid
 
 BRAIN_CENTRE = np.array([0.0, -18.0, 10.0])
 """Middle of the brain's bounding box in MNI152 (RAS+, mm)."""
@@ -116,7 +116,10 @@ class Acquisition:
 
 def slice_axis(grid: Grid) -> int:
     """Array axis with the coarsest voxel size; the last one when all are alike."""
-    sizes = grid.voxel_sizes
+    return _coarsest(grid.voxel_sizes)
+
+
+def _coarsest(sizes: np.ndarray) -> int:
     return 2 if np.ptp(sizes) < 1e-3 * sizes.max() else int(np.argmax(sizes))
 
 
@@ -138,8 +141,7 @@ class Sampling:
     @property
     def axis(self) -> int:
         """Along which the slices are stacked; the last one when all sizes are alike."""
-        alike = np.ptp(self.sizes) < 1e-3 * self.sizes.max()
-        return 2 if alike else int(np.argmax(self.sizes))
+        return _coarsest(self.sizes)
 
     def phases(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Where the scan has measured, (3, x, y, z) float32, one channel for each axis.
@@ -251,6 +253,14 @@ def draw_shape(rng: np.random.Generator, k: int) -> SyntheticShape:
     return SyntheticShape(in_plane, spacing, gap * spacing)
 
 
+def turn_about(axis: np.ndarray, angle: float) -> np.ndarray:
+    """Rotation by an angle in degrees about an axis of any length (Rodrigues' formula)."""
+    x, y, z = axis / np.linalg.norm(axis)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    angle = np.deg2rad(angle)
+    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+
+
 def _rotation(roll: float, pitch: float, yaw: float) -> np.ndarray:
     """Rotation by angles in degrees about the posterior-anterior, left-right and feet-head axes."""
     r, p, y = np.deg2rad([roll, pitch, yaw])
@@ -326,13 +336,7 @@ def place(
     directions = grid.affine[:3, :3] / sizes
     own = None if geometry.world is None else np.array(geometry.world, dtype=float)
     if obliquity is not None:
-        spin = rng.normal(size=3)
-        spin *= np.deg2rad(obliquity) / np.linalg.norm(spin)
-        cross = np.array(
-            [[0, -spin[2], spin[1]], [spin[2], 0, -spin[0]], [-spin[1], spin[0], 0]]
-        ) / np.linalg.norm(spin)
-        angle = np.deg2rad(obliquity)
-        turn = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+        turn = turn_about(rng.normal(size=3), obliquity)
         # Without an affine of its own the head is upright in the scanner.
         head = np.eye(3) if own is None else _rotation_of(own)
         directions = head @ turn @ _nearest_axes(head.T @ directions)
@@ -444,8 +448,3 @@ def draw(
     candidates = [g for g in bank if g.plane == plane] or list(bank)
     geometry = candidates[rng.integers(len(candidates))]
     return place(geometry, person, rng, shape=draw_shape(rng, k))
-
-
-def to_working_grid(acquisition: Acquisition) -> np.ndarray:
-    """Index map from the working grid to the native grid of an acquisition."""
-    return np.linalg.inv(acquisition.grid.affine) @ acquisition.world @ WORKING_GRID.affine

@@ -224,26 +224,7 @@ def seen_from(image: Tensor, source: Grid, world: np.ndarray, grid: Grid) -> Low
     return LowResolution(image * covered, covered, sampling(mapping, source))
 
 
-def degrade(
-    image: Tensor,
-    acquisition: Acquisition,
-    grid: Grid = WORKING_GRID,
-    *,
-    order: str = "cubic",
-    noise: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> LowResolution:
-    """There and back: an image as it would look had it been acquired with this geometry.
-
-    Parameters
-    ----------
-    image : (x, y, z) tensor on ``grid``
-    noise : float
-        Standard deviation of Rician noise in the native image, in its own units.
-    """
-    native = acquire(image, acquisition, grid, order=order)
-    if noise > 0:
-        if generator is None:
-            raise ValueError("noise needs a generator, so that it can be drawn again")
-        native = add_rician_noise(native, noise, generator)
-    return restore_grid(native, acquisition.grid, acquisition.world, grid, order=order)
+def field_of_view(acquisition: Acquisition, grid: Grid = WORKING_GRID) -> Tensor:
+    """Where on a grid in template world an acquisition has measured, bool."""
+    mapping = index_map(grid, acquisition.grid, acquisition.world)
+    return coverage(mapping, acquisition.grid.shape, grid.shape)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.simulation.acquisition import Acquisition
+from remix_bids.simulation.acquisition import Acquisition, turn_about
 from remix_bids.simulation.degrade import acquire, bounding_box
 from remix_bids.spatial import WORKING_GRID, Grid, index_map, resample
 
@@ -47,11 +47,7 @@ def random_affine(rng: np.random.Generator) -> np.ndarray:
     (4, 4) array
         RAS+, mm; at most `MAX_ANGLE`, `MAX_STRETCH` and `MAX_SHIFT`.
     """
-    axis = rng.normal(size=3)
-    x, y, z = axis / np.linalg.norm(axis)
-    angle = np.deg2rad(rng.uniform(0, MAX_ANGLE))
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    turn = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    turn = turn_about(rng.normal(size=3), rng.uniform(0, MAX_ANGLE))
     world = np.eye(4)
     world[:3, :3] = turn @ np.diag(rng.uniform(1 - MAX_STRETCH, 1 + MAX_STRETCH, 3))
     world[:3, 3] = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 3)

@@ -25,9 +25,10 @@ def tissue_level(native: np.ndarray) -> float:
 def scan_noise(native: np.ndarray, grid: Grid, inside: np.ndarray | None = None) -> float:
     """Standard deviation of the noise of a scan.
 
-    The median absolute value of second differences across both in-plane diagonals, which smooth
-    anatomy cancels out of. Zero-filled (interpolated) planes hold less noise at this scale than at
-    others, so that a fine matrix is first thinned to about 1 mm. Fine texture counts as noise.
+    The median absolute value of second differences along one in-plane axis of those along the
+    other, which smooth anatomy cancels out of. Zero-filled (interpolated) planes hold less noise at
+    this scale than at others, so that a fine matrix is first thinned to about 1 mm. Fine texture
+    counts as noise.
 
     Parameters
     ----------

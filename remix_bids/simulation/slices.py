@@ -29,16 +29,16 @@ from remix_bids.spatial import Grid
 EXPECTED = 0.87
 """Ratio that is expected: between the Gaussian and the box that slices may be."""
 _SPREAD = 0.16  # standard deviation of the ratio
-_PLAUSIBLE = 0.55, 1.13
 # Hardly a slice that is simulated lies beyond. On real scans more than slices differs between the
 # axes (ghosts along one of them, interpolated matrices): what lies beyond is not the slices.
+_PLAUSIBLE = 0.55, 1.13
 ERROR_MM = 0.38
 """Standard deviation of what is measured."""
-_STANDS_OUT = 2.0
 # Spacing over pixel size from which slices are measured. Thinner ones drown in how much sharper
 # scanners are along one axis than along another.
-_MOST_GAP = 0.3
+_STANDS_OUT = 2.0
 # Part of the spacing. Across wider gaps neighbouring slices have too little in common.
+_MOST_GAP = 0.3
 
 _CALMER = 0.2  # log variance of differences, by which brains vary less from back to front
 _INSIDE = np.array([64.0, 80.0, 62.0])  # mm, half axes of an ellipsoid that is mostly brain

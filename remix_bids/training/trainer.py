@@ -122,7 +122,7 @@ def half_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
-def psnr(x: Tensor, y: Tensor, mask: Tensor) -> float:
+def psnr_of_unit(x: Tensor, y: Tensor, mask: Tensor) -> float:
     """Peak signal-to-noise ratio (dB) inside a mask; 1 is the peak."""
     return float(-10 * torch.log10(((x - y)[mask] ** 2).mean()))
 
@@ -157,7 +157,7 @@ class Validation:
             with half_precision(x.device):
                 out = network(x[None], scan[None])[0, 0].float()
             mask = (x[1] > 0) & (y > 0.05)
-            gains.append(psnr(out, y, mask) - psnr(x[0], y, mask))
+            gains.append(psnr_of_unit(out, y, mask) - psnr_of_unit(x[0], y, mask))
         return float(np.mean(gains))
 
 
