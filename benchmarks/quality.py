@@ -131,7 +131,7 @@ def run_person(person: Person, index: int, klass: int, noise: float, experts: An
         if place is not None and reference is not None:
             row["there_before"] = local(reference, place, acquisition)
             row["there"] = local(found, place, acquisition)
-        measured = quality.image_quality(image, brain, axes, thick, tissues, 1.0)
+        measured = quality.image_quality(image, brain, covered, axes, thick, tissues, 1.0)
         row |= {key: measured[key] for key in QUALITY}
         if name in ("truth", "cubic", "expert") or "planes" in name:
             part = consistency.unknowable(image, covered, brain, acquisition)

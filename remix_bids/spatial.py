@@ -116,11 +116,13 @@ def along_axis(matrix: Tensor, image: Tensor, axis: int) -> Tensor:
     blocks = _bands(matrix)
     if sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks) > 0.7 * matrix.numel():
         return _product(matrix, image, axis)
-    parts = [
-        _product(matrix[r, c], image.narrow(axis - 3, c.start, c.stop - c.start), axis)
-        for r, c in blocks
-    ]
-    return torch.cat(parts, dim=axis - 3)
+    shape = list(image.shape)
+    shape[axis - 3] = len(matrix)
+    out = image.new_empty(shape)  # filled part by part: the largest array that there is, held once
+    for r, c in blocks:
+        seen = image.narrow(axis - 3, c.start, c.stop - c.start)
+        out.narrow(axis - 3, r.start, r.stop - r.start).copy_(_product(matrix[r, c], seen, axis))
+    return out
 
 
 def _product(matrix: Tensor, image: Tensor, axis: int) -> Tensor:

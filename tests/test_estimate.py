@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from remix_bids.simulation.acquisition import Acquisition, from_header
-from remix_bids.simulation.degrade import acquire, restore_grid
+from remix_bids.evaluation.methods import back_project
+from remix_bids.simulation.acquisition import Acquisition, from_header, turn_about
+from remix_bids.simulation.degrade import acquire, field_of_view, restore_grid
 from remix_bids.simulation.estimate import (
     _covariance,
     estimate_image,
@@ -126,6 +127,27 @@ def test_noise_is_what_texture_cannot_be(level, expected, bright):
     grid = thick().grid
     found = freedom_from_noise(level * bright, np.full(grid.shape, bright), grid)
     assert found == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("spacing", [1.2, 2.0, 4.0])
+def test_steps_bend_nothing_along_the_edge_of_the_field_of_view(spacing):
+    """An output is 0 beyond it."""
+    world = np.eye(4)
+    world[:3, :3] = turn_about(np.array([1.0, 1, 0]), 10.0)
+    affine = np.diag([1.0, 1.0, spacing, 1.0])
+    affine[:3, 3] = 8, 4, 14
+    shape = (30, 30, round(24 / spacing))
+    acquisition = Acquisition(Grid(shape, affine), world, (1.0, 1.0, spacing))
+    covered = field_of_view(acquisition, GRID)
+    assert 0.1 < covered.float().mean() < 0.5
+    native = torch.full(shape, 100.0)
+    found, share = make_consistent(100.0 * covered, native, acquisition, GRID, 2)
+    assert share == 1
+    torch.testing.assert_close(
+        found[covered], torch.full_like(found[covered], 100), atol=0.1, rtol=0
+    )
+    *_, found = back_project(native, acquisition, GRID, 100.0 * covered, 3, 1.0)
+    torch.testing.assert_close(found, 100.0 * covered, atol=0.1, rtol=0)
 
 
 def test_the_noisier_a_scan_the_less_it_is_made_consistent():

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 from remix_bids.qc import consistency, left_out, quality
 from remix_bids.qc.dictionary import qc_dictionary
 from remix_bids.simulation.acquisition import Acquisition
-from remix_bids.simulation.degrade import acquire, restore_grid
+from remix_bids.simulation.degrade import acquire, field_of_view, restore_grid
 from remix_bids.simulation.estimate import make_consistent
 from remix_bids.spatial import WORKING_GRID, Grid
 
@@ -173,6 +173,17 @@ def test_windows_ignore_what_was_not_judged():
     np.testing.assert_allclose(mean[where], 3, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("spacing", "width"), [(6.0, 3.4), (7.0, 4.0), (5.0, 3.0)])
+def test_the_first_and_the_last_slice_are_predicted_like_all(spacing, width):
+    affine = np.diag([1.0, 1.0, spacing, 1.0])
+    affine[:3, 3] = WORKING_GRID.affine[:3, :3] @ (50.0, 60.0, 40.5) + WORKING_GRID.affine[:3, 3]
+    acquisition = Acquisition(Grid((60, 60, 12), affine), np.eye(4), (1.0, 1.0, width))
+    covered = field_of_view(acquisition).numpy()
+    found = consistency.predict(1000.0 * covered, covered, acquisition)
+    assert np.isfinite(found[30, 30, [0, -1]]).all()
+    np.testing.assert_allclose(found[np.isfinite(found)], 1000, rtol=1e-4)
+
+
 def test_consistency_steps_agree_and_leave_noise_alone(scan):
     low, truth, native = (torch.from_numpy(v) for v in (scan.low, scan.truth, scan.native))
     clean = acquire(truth, scan.acquisition)
@@ -289,6 +300,19 @@ def test_sharpness(head):
     assert quality.sharpness(ramp, cube) == pytest.approx(100 / (0.9 * 89), rel=0.03)
 
 
+def test_sharpness_of_a_part_is_that_of_the_whole(head):
+    """The edge of the field of view is no edge of the brain."""
+    covered = np.zeros(head.brain.shape, dtype=bool)
+    covered[:, :, 30:60] = True
+    given = (np.eye(3), 2, None, 1.0)
+    part = quality.image_quality(head.image * covered, head.brain & covered, covered, *given)
+    everywhere = np.ones_like(covered)
+    inner = head.brain.copy()
+    inner[:, :, :31] = inner[:, :, 59:] = False
+    whole = quality.image_quality(head.image, inner, everywhere, *given)
+    assert part["sharpness"] == pytest.approx(whole["sharpness"], rel=1e-6)
+
+
 def test_anisotropy_finds_the_blurred_axis():
     rng = np.random.default_rng(2)
     noise = rng.standard_normal((80, 80, 80))
@@ -319,7 +343,9 @@ def test_tissues_and_what_is_measured_in_them(head):
     assert np.median(head.clean[tissues.white]) == 900
     assert np.median(head.clean[tissues.grey]) == 600
     assert np.median(head.clean[tissues.csf]) == 200
-    found = quality.image_quality(head.image, head.brain, np.eye(3), 2, tissues, 0.5)
+    found = quality.image_quality(
+        head.image, head.brain, np.ones_like(head.brain), np.eye(3), 2, tissues, 0.5
+    )
     assert found["noise"] == pytest.approx(1.0, rel=0.1)  # 9 of 900, percent
     assert found["snr"] == pytest.approx(100, rel=0.1)
     assert found["cnr"] == pytest.approx(300 / 9, rel=0.15)
@@ -332,7 +358,9 @@ def test_what_cannot_be_measured_is_none(head):
     assert quality.find_tissues(head.image, head.brain & (head.clean > 1e9)) is None
     noise = np.random.default_rng(0).standard_normal((90, 90, 90))
     assert quality.find_tissues(noise, head.brain) is None
-    found = quality.image_quality(head.image, head.brain, np.eye(3), 2, None, 1.0)
+    found = quality.image_quality(
+        head.image, head.brain, np.ones_like(head.brain), np.eye(3), 2, None, 1.0
+    )
     assert {key for key, value in found.items() if value is None} == {
         *("noise", "snr", "cnr", "brain_volume")
     }
@@ -346,7 +374,9 @@ def test_residual_energy(head):
 
 
 def test_every_measure_is_explained(head):
-    found = quality.image_quality(head.image, head.brain, np.eye(3), 2, None, 1.0)
+    found = quality.image_quality(
+        head.image, head.brain, np.ones_like(head.brain), np.eye(3), 2, None, 1.0
+    )
     dictionary = qc_dictionary()
     assert set(found) <= set(dictionary)
     for entry in dictionary.values():

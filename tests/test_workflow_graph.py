@@ -143,11 +143,28 @@ def test_leaving_slices_out_is_a_way_of_its_own(tmp_path):
 
 
 def test_large_matrices_ask_for_more_memory(tmp_path):
-    name = "sub_01_wf.sub_01_T1w_wf.to_mni"
-    small = build(tmp_path, SKELETONS["plain"])[0].get_node(name).mem_gb
+    """Thick slices on a fine matrix are tabulated at every half millimetre, too."""
+    spaces = ("MNI152Lin", "T1w")
+    names = ("validate", "register", "to_mni", "consistency", "enforce", "to_native")
+    names = (*names, "leave_out_wf.to_mni", "leave_out_wf.compare")
+
+    def asked(**settings):
+        more = {"leave_slices_out": True, "output_spaces": spaces, **settings}
+        workflow = build(tmp_path, SKELETONS["plain"], **more)[0]
+        nodes = (workflow.get_node(f"sub_01_wf.sub_01_T1w_wf.{name}") for name in names)
+        return {name: node.mem_gb for name, node in zip(names, nodes, strict=True)}
+
+    small = asked()
     path = tmp_path / "bids/sub-01/anat/sub-01_T1w.nii.gz"
-    save_image(path, np.zeros((512, 512, 200), np.uint8))
-    assert build(tmp_path, SKELETONS["plain"])[0].get_node(name).mem_gb > 2 * small
+    save_image(path, np.zeros((512, 512, 28), np.uint8), np.diag([0.45, 0.45, 6, 1]))
+    thick = asked()
+    assert all(small[name] < thick[name] for name in names)
+    # What was measured of the functions in them, in GB.
+    assert thick["to_mni"] > 1.9
+    assert thick["to_native"] > 2.1
+    assert thick["consistency"] > 1.9
+    low = asked(low_mem=True)
+    assert {low[name] for name in names} == {8.0, low["validate"]}
 
 
 def test_slice_thickness_of_the_sidecar_is_used(tmp_path):

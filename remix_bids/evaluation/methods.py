@@ -13,7 +13,7 @@ from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import Acquisition
 from remix_bids.simulation.degrade import acquire, restore_grid
 from remix_bids.simulation.estimate import Estimate
-from remix_bids.spatial import Grid
+from remix_bids.spatial import Grid, coverage, index_map, resample
 
 
 def interpolate(native: Tensor, acquisition: Acquisition, grid: Grid, order: str) -> Tensor:
@@ -33,11 +33,15 @@ def back_project(
     """Iterative back-projection (Irani and Peleg 1991): x <- x + step B(y - A x).
 
     A is the acquisition with its true slice profile, B cubic interpolation; no value falls below
-    ``lowest``. Yields every iterate.
+    ``lowest``. Beyond the field of view the scan's border is repeated: what is not acquired would
+    ring into what is, were it taken for nothing. Yields every iterate, 0 there.
     """
     x = start
+    mapping = index_map(grid, acquisition.grid, acquisition.world)
+    beyond = resample(native, mapping, grid.shape)
+    covered = coverage(mapping, acquisition.grid.shape, grid.shape, like=native)
     for _ in range(iterations):
-        missing = native - acquire(x, acquisition, grid)
+        missing = native - acquire(torch.where(covered, x, beyond), acquisition, grid)
         back = restore_grid(missing, acquisition.grid, acquisition.world, grid)
         x = (x + step * back.image).clamp(min=lowest) * back.covered
         yield x

@@ -215,14 +215,15 @@ class MeasureQuality(SimpleInterface):
         _, grid, world = load_scan(self.inputs.native, self.inputs.transform)
         mapping = index_map(WORKING_GRID, grid, world)
         axes = np.linalg.inv(mapping)[:3, :3]
-        brain = load_brain(self.inputs) & (load(self.inputs.coverage) > 0)
+        covered = load(self.inputs.coverage) > 0
+        brain = load_brain(self.inputs) & covered
         images = {"before": load(self.inputs.before), "after": load(self.inputs.after)}
         tissues = quality.find_tissues(images["before"], brain)
         determinant = float(np.linalg.det(world[:3, :3]))
         figures: dict[str, Any] = {}
         for name, image in images.items():
             measured = quality.image_quality(
-                image, brain, axes, slice_axis(grid), tissues, determinant
+                image, brain, covered, axes, slice_axis(grid), tissues, determinant
             )
             figures |= {f"{key}_{name}": value for key, value in measured.items()}
         figures["residual_energy"] = quality.residual_energy(

@@ -128,10 +128,9 @@ def predict(image: np.ndarray, covered: np.ndarray, acquisition: Acquisition) ->
     float32 array of the native shape
         NaN where the voxel's profile reaches outside of what is covered, or of the grid.
     """
-    seen = acquire(_tensor(image), acquisition)
-    reach = acquire(_tensor(covered), acquisition, order="linear")
-    judged = (reach >= _SEEN) & within(acquisition, WORKING_GRID, seen)
-    return np.where(judged.numpy(), seen.numpy(), np.nan).astype(np.float32)
+    seen, part = (acquire(_tensor(what), acquisition) for what in (image, covered))
+    judged = (part >= _SEEN) & within(acquisition, WORKING_GRID, seen)
+    return np.where(judged.numpy(), (seen / part).numpy(), np.nan).astype(np.float32)
 
 
 def to_native(mask: np.ndarray, acquisition: Acquisition, grid: Grid = WORKING_GRID) -> np.ndarray:

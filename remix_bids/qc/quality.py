@@ -167,6 +167,7 @@ def anisotropy(image: np.ndarray, brain: np.ndarray, axes: np.ndarray, thick: in
 def image_quality(
     image: np.ndarray,
     brain: np.ndarray,
+    covered: np.ndarray,
     axes: np.ndarray,
     thick: int,
     tissues: Tissues | None,
@@ -178,8 +179,8 @@ def image_quality(
     ----------
     image : (x, y, z) array
         On a grid of 1 mm in template space.
-    brain : bool array of the same shape
-        What was acquired of the brain.
+    brain, covered : bool arrays of the same shape
+        What was acquired of the brain, and at all.
     axes : (3, 3) array
         Directions of the native voxel axes on that grid, as columns.
     thick : int
@@ -194,8 +195,9 @@ def image_quality(
     dict
         Keys as in ``data/qc.json``; None where a measure cannot be taken.
     """
+    inner = brain & binary_erosion(covered, border_value=1)  # where all neighbours were acquired
     out: dict[str, float | None] = {
-        "sharpness": sharpness(image, brain),
+        "sharpness": sharpness(image, inner if inner.any() else brain),
         "anisotropy": anisotropy(image, brain, axes, thick),
         "noise": None,
         "snr": None,

@@ -23,6 +23,7 @@ from remix_bids.simulation.degrade import (
     GAUSSIAN_REACH,
     LowResolution,
     acquire,
+    field_of_view,
     seen_from,
 )
 from remix_bids.simulation.noise import freedom_from_noise, scan_noise, tissue_level
@@ -184,6 +185,9 @@ def make_consistent(
     share = freedom_from_noise(scan_noise(scan, acquisition.grid), scan, acquisition.grid)
     if share == 0:
         return image, share
+    # An edge of the field of view is none of the image: it would ring into it.
+    seen = field_of_view(acquisition, grid).to(image.device)
+    image = torch.where(seen, image, estimate_image(native, acquisition, grid))
     wanted = native
     if share < 1:
         wanted = native - (1 - share) * unexplained(image, native, acquisition, grid)

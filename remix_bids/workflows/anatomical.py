@@ -29,18 +29,8 @@ from remix_bids.interfaces.resample import ToWorkingGrid
 from remix_bids.interfaces.timing import TimedEnhance, TimedRegistration
 from remix_bids.naming import OutputNames
 from remix_bids.templates import Template
+from remix_bids.workflows.memory import ENHANCE_GB, UNKNOWN, Footprint
 from remix_bids.workflows.outputs import init_derivatives_wf, init_figures_wf
-
-# Peak memory in GB, measured with --resource-monitor on the seven clinical scans at hand (0.1, 0.8
-# with two starts side by side, 0.8, 1.6), and a margin for larger images.
-VALIDATE_GB, RESAMPLE_GB, ENHANCE_GB, QC_GB = 0.3, 1.5, 2.5, 2.0
-REGISTER_GB, REGISTER_GB_PER_START = 0.5, 0.4
-RESAMPLE_GB_PER_MILLION = 0.05  # voxels of the scan: interpolation tabulates it
-
-
-def resample_gb(voxels: int) -> float:
-    """Memory (GB) for bringing a scan of so many voxels to the working grid."""
-    return max(RESAMPLE_GB, 0.6 + RESAMPLE_GB_PER_MILLION * voxels / 1e6)
 
 
 def init_anat_remix_wf(
@@ -58,7 +48,7 @@ def init_anat_remix_wf(
     leave_slices_out: bool = False,
     skull_stripped: bool | None = None,
     slice_thickness: float | None = None,
-    voxels: int = 0,
+    footprint: Footprint = UNKNOWN,
     random_seed: int = 0,
     device: str = "cpu",
     omp_nthreads: int = 1,
@@ -93,7 +83,7 @@ def init_anat_remix_wf(
         What the image's own sidecar says.
     slice_thickness : float, optional
         mm, as the image's own sidecar says.
-    voxels : int
+    footprint : Footprint
         Of the scan, as its header says.
     random_seed : int
     device : str
@@ -106,7 +96,7 @@ def init_anat_remix_wf(
         For tests.
     """
     use_gpu = device.startswith("cuda")
-    validate = Node(ValidateT1w(in_file=str(source)), name="validate", mem_gb=VALIDATE_GB)
+    validate = Node(ValidateT1w(in_file=str(source)), name="validate", mem_gb=footprint.validate_gb)
     register = Node(
         TimedRegistration(
             fixed_image=str(template.t1w),
@@ -117,10 +107,12 @@ def init_anat_remix_wf(
         ),
         name="register",
         n_procs=omp_nthreads,
-        mem_gb=heavy_gb or REGISTER_GB + REGISTER_GB_PER_START * omp_nthreads,
+        mem_gb=heavy_gb or footprint.register_gb(omp_nthreads),
     )
     to_mni = Node(
-        ToWorkingGrid(template=str(template.t1w)), name="to_mni", mem_gb=resample_gb(voxels)
+        ToWorkingGrid(template=str(template.t1w)),
+        name="to_mni",
+        mem_gb=heavy_gb or footprint.resample_gb,
     )
     if template.brain_mask is not None:
         register.inputs.fixed_image_mask = str(template.brain_mask)
@@ -153,10 +145,10 @@ def init_anat_remix_wf(
         place["template_mask"] = str(template.brain_mask)
     thick = {} if slice_thickness is None else {"thickness": slice_thickness}
     consistency = Node(
-        CheckConsistency(**place, **thick), name="consistency", mem_gb=heavy_gb or QC_GB
+        CheckConsistency(**place, **thick), name="consistency", mem_gb=heavy_gb or footprint.qc_gb
     )
-    quality = Node(MeasureQuality(**place), name="quality", mem_gb=heavy_gb or QC_GB)
-    check_header = Node(CheckHeader(), name="check_header", mem_gb=VALIDATE_GB)
+    quality = Node(MeasureQuality(**place), name="quality", mem_gb=heavy_gb or footprint.qc_gb)
+    check_header = Node(CheckHeader(), name="check_header", mem_gb=footprint.validate_gb)
     label = source.name.partition(".")[0]
     collect = Node(
         CollectQC(source=label), name="collect", run_without_submitting=True, mem_gb=0.01
@@ -168,7 +160,7 @@ def init_anat_remix_wf(
     figures = init_figures_wf(
         names=names, output_dir=output_dir, template=template, source=label, native=native
     )
-    enforce = Node(EnforceConsistency(**thick), name="enforce", mem_gb=heavy_gb or QC_GB)
+    enforce = Node(EnforceConsistency(**thick), name="enforce", mem_gb=heavy_gb or footprint.qc_gb)
     workflow = Workflow(name=name)
     scan = [("out_file", "native")]
     affine = [("forward_transform", "transform")]
@@ -302,7 +294,7 @@ def init_anat_remix_wf(
             ]
         )
     if native:
-        to_native = Node(ToNative(), name="to_native", mem_gb=heavy_gb or QC_GB)
+        to_native = Node(ToNative(), name="to_native", mem_gb=heavy_gb or footprint.qc_gb)
         describe_native = Node(
             DescribeNative(), name="describe_native", run_without_submitting=True, mem_gb=0.01
         )
@@ -341,6 +333,7 @@ def init_anat_remix_wf(
             slice_thickness=slice_thickness,
             device=device,
             heavy_gb=heavy_gb,
+            footprint=footprint,
         )
         workflow.connect(
             [
@@ -362,13 +355,15 @@ def init_leave_out_wf(
     slice_thickness: float | None = None,
     device: str = "cpu",
     heavy_gb: float | None = None,
+    footprint: Footprint = UNKNOWN,
     name: str = "leave_out_wf",
 ) -> Workflow:
     """Restore a scan from every second slice, and hold the others against that.
 
     Parameters
     ----------
-    template, experts_table, expert, gate, enforce_consistency, slice_thickness, device, heavy_gb
+    template, experts_table, expert, gate, enforce_consistency, slice_thickness, device, heavy_gb,
+    footprint
         As in `init_anat_remix_wf`; the gate sees the doubled spacing.
 
     Inputs
@@ -377,8 +372,12 @@ def init_leave_out_wf(
         The whole scan, and its affine from the template.
     """
     inputnode = Node(IdentityInterface(fields=["native", "transform"]), name="inputnode")
-    drop = Node(DropSlices(), name="drop", mem_gb=VALIDATE_GB)
-    to_mni = Node(ToWorkingGrid(template=str(template.t1w)), name="to_mni", mem_gb=RESAMPLE_GB)
+    drop = Node(DropSlices(), name="drop", mem_gb=footprint.validate_gb)
+    to_mni = Node(
+        ToWorkingGrid(template=str(template.t1w)),
+        name="to_mni",
+        mem_gb=heavy_gb or footprint.resample_gb,
+    )
     select_expert = Node(
         SelectExpert(
             experts_table=str(experts_table),
@@ -395,9 +394,11 @@ def init_leave_out_wf(
         n_procs=1,
         mem_gb=heavy_gb or ENHANCE_GB,
     )
-    enforce = Node(EnforceConsistency(), name="enforce", mem_gb=heavy_gb or QC_GB)
+    enforce = Node(EnforceConsistency(), name="enforce", mem_gb=heavy_gb or footprint.qc_gb)
     compare = Node(
-        CompareLeftOut(template=str(template.t1w)), name="compare", mem_gb=heavy_gb or QC_GB
+        CompareLeftOut(template=str(template.t1w)),
+        name="compare",
+        mem_gb=heavy_gb or footprint.qc_gb,
     )
     if template.brain_mask is not None:
         to_mni.inputs.template_mask = compare.inputs.template_mask = str(template.brain_mask)

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any
 from zlib import crc32
 
-import nibabel as nb
 from nipype import Workflow
 
 import remix_bids
@@ -25,6 +23,7 @@ from remix_bids.interfaces.bids import DerivativesSink, is_as_written
 from remix_bids.naming import check_collisions, output_names, workflow_name
 from remix_bids.templates import Template
 from remix_bids.workflows.anatomical import init_anat_remix_wf
+from remix_bids.workflows.memory import Footprint
 
 LOGGER = logging.getLogger("remix_bids")
 
@@ -125,7 +124,7 @@ def init_single_subject_wf(
             leave_slices_out=config.leave_slices_out,
             skull_stripped=scan.skull_stripped,
             slice_thickness=scan.slice_thickness,
-            voxels=count_voxels(scan.path),
+            footprint=Footprint.of(scan.path),
             random_seed=config.random_seed,
             device=config.device,
             omp_nthreads=config.omp_nthreads or 1,
@@ -137,14 +136,6 @@ def init_single_subject_wf(
             raise GraphError(f"two scans are both called {scan.label}: {scan.path}")
         workflow.add_nodes([scan_wf])
     return workflow
-
-
-def count_voxels(path: Path) -> int:
-    """Voxels of an image by its header; 0 where that cannot be read (its own node will say so)."""
-    try:
-        return math.prod(nb.load(path).shape)
-    except Exception:  # nibabel raises many kinds for a damaged file
-        return 0
 
 
 def static_metadata(*, config: RunConfig, scan: Scan, template: Template) -> dict[str, Any]:
