@@ -362,10 +362,11 @@ def _registration(derivatives: Path, scan: Path, grid: Grid) -> np.ndarray | Non
     except (OSError, ValueError) as error:
         raise InputImageError(str(error)) from error
     space = path.name.partition("_to-")[2].partition("_")[0]
-    sidecar = derivatives / output_names(scan, space).sidecar
-    for warning in _read_object(sidecar).get("Warnings", []):
-        if str(warning).startswith("Registration:"):
-            raise InputImageError(f"{path} is doubtful, its run warned: {warning}")
+    names = output_names(scan, space)
+    for sidecar in (names.sidecar, names.native_sidecar):  # a run may write either
+        for warning in _read_object(derivatives / sidecar).get("Warnings", []):
+            if str(warning).startswith("Registration:"):
+                raise InputImageError(f"{path} is doubtful, its run warned: {warning}")
     if not possible(world):
         scales = ", ".join(f"{s:.2f}" for s in singular_values(world))
         raise InputImageError(f"{path} cannot be right: it scales the template by {scales}")

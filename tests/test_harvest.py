@@ -77,14 +77,16 @@ def dataset(root):
     return root
 
 
-def transform(derivatives, scan_path, world=WORLD, space="MNI152Lin", warnings=()):
+def transform(
+    derivatives, scan_path, world=WORLD, space="MNI152Lin", warnings=(), sidecar="space-{}_res-1_"
+):
     """What a run of remix-bids leaves for a scan."""
     name = scan_path.name.partition("_T1w")[0]
     parts = scan_path.parent.parts
     folder = derivatives.joinpath(*parts[parts.index(name.split("_")[0]) :])
     folder.mkdir(parents=True, exist_ok=True)
     write_itk_affine(folder / f"{name}_from-T1w_to-{space}_mode-image_xfm.txt", world)
-    (folder / f"{name}_space-{space}_res-1_desc-remix_T1w.json").write_text(
+    (folder / f"{name}_{sidecar.format(space)}desc-remix_T1w.json").write_text(
         json.dumps({"Warnings": list(warnings)})
     )
 
@@ -200,6 +202,15 @@ def test_doubtful_affines_are_not(tmp_path, caplog, wrong, warnings, said):
     bank = load_bank(tmp_path / "bank.json")
     assert len(bank) == 4
     assert all(g.world is None for g in bank)
+
+
+def test_a_run_in_native_space_warns_in_the_sidecar_that_it_has(tmp_path, caplog):
+    root, derivatives = dataset(tmp_path / "bids"), tmp_path / "out"
+    warnings = ["Registration: the image agrees poorly"]
+    transform(derivatives, t1w(root, LABELS[1]), warnings=warnings, sidecar="")
+    assert main(["harvest", str(root), str(derivatives), str(tmp_path / "bank.json")]) == 0
+    assert "its run warned" in caplog.text
+    assert all(g.world is None for g in load_bank(tmp_path / "bank.json"))
 
 
 def test_a_header_against_its_sidecar(tmp_path, caplog):

@@ -7,6 +7,7 @@ import nibabel as nb
 import numpy as np
 import pytest
 
+from remix_bids.interfaces.bids import check_t1w
 from remix_bids.interfaces.qc import (
     CheckHeader,
     CollectQC,
@@ -184,3 +185,16 @@ def test_tables(tmp_path):
     node = Tabulate(in_file=write(tmp_path / "q.json", figures))
     result = outputs(node, tmp_path / "node")
     assert Path(result.quality).read_text() == quality_html(figures)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_numbers_of_an_unused_qform_fail_no_scan(tmp_path, code):
+    data = np.arange(50**3, dtype=np.float32).reshape(50, 50, 50)
+    image = nb.Nifti1Image(data, np.diag([4.0, 4, 4, 1]))
+    image.header["quatern_b"], image.header["qform_code"] = np.nan, code
+    nb.save(image, tmp_path / "sub-1_T1w.nii")
+    assert np.isnan(nb.load(tmp_path / "sub-1_T1w.nii").header["quatern_b"])
+    remarks = check_t1w(tmp_path / "sub-1_T1w.nii")
+    assert any("the qform is invalid" in text for text in remarks) == (code == 1)
+    page = outputs(CheckHeader(in_file=str(tmp_path / "sub-1_T1w.nii")), tmp_path / "a").out_file
+    assert "ValidateImage cannot read the header" in Path(page).read_text()

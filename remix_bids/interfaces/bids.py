@@ -105,6 +105,8 @@ def _header_remarks(image: Any, affine: np.ndarray, sides: np.ndarray) -> list[s
         sform, sform_code = header.get_sform(coded=True)
         try:
             qform, qform_code = header.get_qform(coded=True)
+            if qform is not None and not np.isfinite(qform).all():
+                raise ValueError
         except (ValueError, np.linalg.LinAlgError):
             qform, qform_code = None, 0
             if sform_code:

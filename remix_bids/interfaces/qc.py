@@ -434,14 +434,22 @@ class CheckHeader(SimpleInterface):
     def _run_interface(self, runtime: Any) -> Any:
         from html import escape
 
+        from nibabel.spatialimages import HeaderDataError
         from niworkflows.interfaces.header import ValidateImage
 
         folder = Path(runtime.cwd)
-        result = ValidateImage(in_file=self.inputs.in_file).run(cwd=str(folder))
-        found = Path(result.outputs.out_report).read_text().strip()
-        copy = Path(result.outputs.out_file)
-        if copy.parent == folder:  # a repaired copy; the sform of the original is what we use
-            copy.unlink()
+        try:
+            result = ValidateImage(in_file=self.inputs.in_file).run(cwd=str(folder))
+        except (ValueError, np.linalg.LinAlgError, HeaderDataError) as error:
+            # Of numbers that nobody needs, such as an unused qform: no reason to fail a scan.
+            found = (
+                f"<p>niworkflows' ValidateImage cannot read the header: {escape(str(error))}</p>"
+            )
+        else:
+            found = Path(result.outputs.out_report).read_text().strip()
+            copy = Path(result.outputs.out_file)
+            if copy.parent == folder:  # a repaired copy; the sform of the original is what we use
+                copy.unlink()
         remarks = self.inputs.remarks if isdefined(self.inputs.remarks) else []
         lines = "".join(f"<li>{escape(text)}</li>" for text in remarks)
         if found:  # it speaks of what it did to its own copy

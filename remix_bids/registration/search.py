@@ -20,7 +20,8 @@ SPACING = 8.0  # mm
 RADIUS = 112.0  # mm around the centre of the template's brain, all of it and the scalp
 STEP = 20.0  # degrees between starts
 REACH = 45.0  # degrees, the largest rotation tried
-MIN_OVERLAP = 0.5  # of the template's brain region inside the field of view
+MIN_OVERLAP = 0.5  # of the template's brain region inside the field of view, or, of a slab that
+OF_THE_MOST = 0.8  # cannot hold as much, of the most that it can hold
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def search(
         safe = np.maximum(count, 1)
         b = correlate(w, 1)
         var_b = np.maximum(correlate(w, 2) - b**2 / safe, 0)
-        usable = count > MIN_OVERLAP * total
+        usable = count > min(MIN_OVERLAP * total, OF_THE_MOST * count.max())
         for kind, template in templates.items():
             f = sample(template, points)[0].astype(np.float32) * weight
             wf = fft.rfftn(f[mirrored], shape)
@@ -134,12 +135,16 @@ def polish(
         out[:3, 3] = home + 8 * p[3:6] - out[:3, :3] @ centre
         return out
 
-    def cost(p: np.ndarray) -> float:
+    def seen_at(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         m = matrix_of(p)
-        at = m[:3, :3] @ relative + (m[:3, :3] @ centre + m[:3, 3])[:, None]
-        values, seen = sample(moving, at)
+        return sample(moving, m[:3, :3] @ relative + (m[:3, :3] @ centre + m[:3, 3])[:, None])
+
+    least = min(MIN_OVERLAP, OF_THE_MOST * float(seen_at(np.zeros(7))[1].mean()))
+
+    def cost(p: np.ndarray) -> float:
+        values, seen = seen_at(p)
         part = seen.mean()
-        if part < MIN_OVERLAP:
+        if part < least:
             return 1.0
         x, y = fixed[seen] - fixed[seen].mean(), values[seen] - values[seen].mean()
         ncc = (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum() + 1e-6)
