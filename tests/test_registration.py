@@ -246,7 +246,7 @@ def test_brain_looks_like_a_brain_and_a_head_like_a_head(brain):
 
 @pytest.mark.parametrize("height", [None, 45.0])
 def test_search_finds_any_origin(brain, height):
-    """Where the header puts the brain does not matter, nor how it lies, nor how thin a slab it is."""
+    """Where the header puts the brain does not matter, nor how it lies, nor that it is a slab."""
     level = prepare(brain)[search.SPACING]
     points = level.near.points()[:, level.near.data > 0.5]
     centre = points.mean(axis=1)
