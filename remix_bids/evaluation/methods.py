@@ -29,17 +29,19 @@ def back_project(
     iterations: int,
     step: float,
     lowest: float = 0.0,
+    nothing_beyond: bool = False,
 ) -> Iterator[Tensor]:
     """Iterative back-projection (Irani and Peleg 1991): x <- x + step B(y - A x).
 
     A is the acquisition with its true slice profile, B cubic interpolation; no value falls below
-    ``lowest``. Beyond the field of view the scan's border is repeated: what is not acquired would
-    ring into what is, were it taken for nothing. Yields every iterate, 0 there.
+    ``lowest``. Yields every iterate, 0 where nothing was acquired. What the scanner saw of that
+    nevertheless is taken to be the scan's border, repeated: else the edge would ring into the
+    image; but for a scan of which there was ``nothing_beyond``.
     """
     x = start
     mapping = index_map(grid, acquisition.grid, acquisition.world)
-    beyond = resample(native, mapping, grid.shape)
     covered = coverage(mapping, acquisition.grid.shape, grid.shape, like=native)
+    beyond = 0 * start if nothing_beyond else resample(native, mapping, grid.shape)
     for _ in range(iterations):
         missing = native - acquire(torch.where(covered, x, beyond), acquisition, grid)
         back = restore_grid(missing, acquisition.grid, acquisition.world, grid)

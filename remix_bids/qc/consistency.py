@@ -248,7 +248,9 @@ def unknowable(
     part = _tensor(image[box]) * inside
     seen = acquire(part, acquisition, grid)
     start = restore_grid(seen, acquisition.grid, acquisition.world, grid).image * inside
-    steps = back_project(seen, acquisition, grid, start, iterations, 1.0, lowest)
+    steps = back_project(
+        seen, acquisition, grid, start, iterations, 1.0, lowest, nothing_beyond=True
+    )
     out = np.zeros(image.shape, dtype=np.float32)
     out[box] = ((part - deque(steps, maxlen=1).pop()) * inside).numpy()
     return out * (where & covered)
