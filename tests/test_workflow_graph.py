@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nipype import IdentityInterface
 
 from remix_bids.config import RunConfig
 from remix_bids.errors import GraphError
 from remix_bids.inputs import collect_scans
 from remix_bids.interfaces.bids import DerivativesSink
+from remix_bids.spatial import _tabulate
 from remix_bids.templates import Template
 from remix_bids.workflows.base import init_remix_wf
+from remix_bids.workflows.memory import Footprint
 from tests.bids_skeletons import make_dataset, save_image
 
 SKELETONS = {
@@ -140,6 +143,16 @@ def test_leaving_slices_out_is_a_way_of_its_own(tmp_path):
         for name in ("drop", "to_mni", "select_expert", "enhance", "enforce", "compare")
     }
     assert names_of(workflow) == names_of(plain)
+
+
+@pytest.mark.parametrize("sides", [(0.45, 0.45, 6.0), (1.0, 1.0, 1.2), (2.0, 2.0, 2.0)])
+def test_the_table_is_as_large_as_declared(tmp_path, sides):
+    scan = save_image(
+        tmp_path / "scan.nii.gz", np.ones((30, 32, 8), np.uint8), np.diag([*sides, 1])
+    )
+    to_scan = np.diag([*(1 / np.array(sides)), 1.0])
+    table, _ = _tabulate(torch.ones(30, 32, 8), to_scan, (100, 100, 100))
+    assert table.numel() == Footprint.of(scan).nodes
 
 
 def test_large_matrices_ask_for_more_memory(tmp_path):

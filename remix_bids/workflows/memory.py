@@ -17,8 +17,8 @@ _REGISTER_GB, _REGISTER_GB_PER_START = 0.5, 0.4
 class Footprint:
     """Peak memory of nodes, in GB.
 
-    Measured with ``--resource-monitor`` on seven clinical scans, and without Nipype on matrices of
-    512 x 512 x 28 and 512 x 512 x 176; with a margin.
+    Measured with ``--resource-monitor`` on seven clinical scans, and by hand, without Nipype, on
+    matrices of 512 x 512 x 28 and 512 x 512 x 176; with a margin.
 
     Attributes
     ----------
@@ -39,6 +39,7 @@ class Footprint:
             image = nb.load(path)
             shape = image.shape[:3]
             sides = [float(side) for side in image.header.get_zooms()[:3]]
+            # As `remix_bids.spatial` has it, which needs torch: the parent never imports it.
             along = [(n - 1) * max(2, round(2 * s)) + 1 for n, s in zip(shape, sides, strict=True)]
         except Exception:  # nibabel raises many kinds for a damaged file
             return cls()
