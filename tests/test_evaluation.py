@@ -11,7 +11,13 @@ import torch
 
 from remix_bids.errors import UsageError
 from remix_bids.evaluation import claims
-from remix_bids.evaluation.cases import cases, fine_enough, segmented_first, with_every_expert
+from remix_bids.evaluation.cases import (
+    cases,
+    fine_enough,
+    segmented_first,
+    told_sizes,
+    with_every_expert,
+)
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
     correlation,
@@ -327,7 +333,7 @@ def measured(todo, digest=None):
          "number": str(c.number), "noise": str(c.noise), "affine": "true",
          "setup": digest or settings.setup(method, "3"), "method": method, "psnr": "30",
          "dice": "", "segmenter": "", "class": "3", "kind": c.kind,
-         "voxel_sizes": "1.00 x 1.00 x 3.00", "volume": "3.0", "profile": "box"}
+         "voxel_sizes": told_sizes(c.acquisition()), "volume": "3.0", "profile": "box"}
         for c in todo
         for method in ("cubic", "expert")
     ]  # fmt: skip
@@ -374,6 +380,10 @@ def test_no_row_is_lost_by_resuming():
     others = cases([replace(first, name="a"), first, second], protocol(), [3], [0.0])
     with pytest.raises(UsageError, match="not asked for now"):
         finished(rows, others, settings)
+    # As many as there are kinds: those agree, but other acquisitions are drawn.
+    before = [replace(first, name=f"a{i}") for i in range(6)]
+    with pytest.raises(UsageError, match="not asked for now"):
+        finished(rows, cases([*before, first, second], protocol(), [3], [0.0]), settings)
     with pytest.raises(UsageError, match="not a table of this version"):
         finished([{"person": "p0", "method": "cubic"}], todo, settings)
 

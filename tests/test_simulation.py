@@ -224,6 +224,16 @@ def plane_of(acquisition):
     return ("sagittal", "coronal", "axial")[int(np.abs(normal).argmax())]
 
 
+def test_slices_of_an_isotropic_scan_lie_along_any_axis():
+    rng = np.random.default_rng(0)
+    bank = geometries(held_out=False)
+    shape = SyntheticShape(1.5, 1.5, 0.0)
+    drawn = [place(bank[0], np.eye(4), rng, shape=shape, box=True) for _ in range(60)]
+    assert np.sum([a.box for a in drawn], axis=0).min() > 10
+    for a in drawn:
+        assert sum(a.box) == 1
+
+
 def test_planes_are_drawn_as_often_as_documented():
     rng, bank = np.random.default_rng(6), geometries(held_out=False)
     drawn = [draw(rng, bank, [np.eye(4)], 2) for _ in range(500)]  # no real one is of this class

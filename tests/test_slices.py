@@ -1,10 +1,17 @@
 """The width of slices, found in scans whose width is known."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
 
-from remix_bids.simulation.acquisition import BRAIN_CENTRE, Acquisition, from_header
+from remix_bids.simulation.acquisition import (
+    BRAIN_CENTRE,
+    Acquisition,
+    from_header,
+    turn_about,
+)
 from remix_bids.simulation.degrade import acquire, add_rician_noise
 from remix_bids.simulation.slices import (
     ERROR_MM,
@@ -136,6 +143,24 @@ def test_what_no_slice_can_be_is_not_believed(wrong, least, most):
     told = from_header(acquisition.grid, acquisition.world, 2.5)
     used = width_of_slices(weighed(wrong, told))
     assert least < used / width_of_slices(told) < most
+
+
+@pytest.mark.parametrize("sizes", [(2.0, 2.0, 2.0), (1.0, 2.0, 2.0 + 1e-7), (0.9, 0.9, 3.0)])
+def test_how_an_array_is_stored_tells_nothing_of_slices(sizes):
+    """The same scan with its axes in another order, and turned: the same width along each."""
+
+    def told(order, turn):
+        affine = np.eye(4)
+        affine[:3, :3] = turn @ np.diag(sizes)[:, order]
+        grid = Grid((40, 40, 40), affine)
+        found = from_scan(np.ones(grid.shape, np.float32), grid, np.eye(4), 1.5)
+        return np.array(found.widths)[np.argsort(order)]
+
+    straight = told([0, 1, 2], np.eye(3))
+    for order in permutations(range(3)):
+        for angle in np.arange(0, 30, 2.5):
+            turned = told(list(order), turn_about(np.array([1.0, 2, 3]), angle))
+            np.testing.assert_allclose(turned, straight, rtol=1e-6)
 
 
 def test_training_errs_as_measurements_do():

@@ -92,6 +92,11 @@ class Case:
         return [g for g in bank if low <= effective_voxel_volume(g.grid.voxel_sizes) < high]
 
 
+def told_sizes(acquisition: Acquisition) -> str:
+    """Voxel sizes, as they stand in a table."""
+    return " x ".join(f"{side:.2f}" for side in acquisition.grid.voxel_sizes)
+
+
 def cases(
     persons: Sequence[Person],
     protocol: dict,

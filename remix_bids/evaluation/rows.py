@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from remix_bids.errors import UsageError
-from remix_bids.evaluation.cases import Case
+from remix_bids.evaluation.cases import Case, told_sizes
 from remix_bids.evaluation.settings import BACK_PROJECTION, EXPERT, SHIPS, Settings
 
 SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
@@ -94,7 +94,7 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     most = max(map(len, found.values()), default=0)
     wanted = {case.key: case for case in cases}
     for key, own in found.items():
-        if key not in wanted or own[0]["kind"] != wanted[key].source:
+        if key not in wanted or not _same_scan(own[0], wanted[key]):
             raise UsageError(
                 "the output holds rows of cases that are not asked for now, the first "
                 f"{_told(key)}; name another file, and join the two by remix-experts table"
@@ -120,6 +120,12 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
                     f"{_told(key)}; name another file, and join the two by remix-experts table"
                 )
     return [row for own in whole.values() for row in own]
+
+
+def _same_scan(row: dict, case: Case) -> bool:
+    """Whether a row is of this case: what is drawn depends on who comes before a person."""
+    sizes = told_sizes(case.acquisition())
+    return bool(row["kind"] == case.source and row["voxel_sizes"] == sizes)
 
 
 def row_key(row: dict) -> tuple[str, ...]:

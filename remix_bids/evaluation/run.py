@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from remix_bids.errors import RemixError
-from remix_bids.evaluation.cases import Case
+from remix_bids.evaluation.cases import Case, told_sizes
 from remix_bids.evaluation.external import run_command
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
@@ -206,7 +206,7 @@ def run_case(case: Case, settings: Settings) -> list[dict]:
         "number": case.number,
         "class": klass,
         "kind": case.source,
-        "voxel_sizes": " x ".join(f"{s:.2f}" for s in acquisition.grid.voxel_sizes),
+        "voxel_sizes": told_sizes(acquisition),
         "volume": acquisition.volume,
         "anisotropy": round(acquisition.anisotropy, 2),
         "profile": "box" if any(acquisition.box) else "gaussian",

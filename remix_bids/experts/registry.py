@@ -56,7 +56,8 @@ def effective_voxel_volume(voxel_sizes: Iterable[float]) -> float:
 
 def is_fine_enough(voxel_sizes: Iterable[float]) -> bool:
     """Whether a scan is only resampled: it has next to nothing to gain at 1 mm."""
-    return max(voxel_sizes) <= FINE_ENOUGH
+    # Headers hold float32, and sides of a turned grid are rounded otherwise.
+    return round(max(voxel_sizes), 3) <= FINE_ENOUGH
 
 
 @dataclass(frozen=True)

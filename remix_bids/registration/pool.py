@@ -20,6 +20,8 @@ from remix_bids.registration._ants_worker import DONE
 
 def environment(seed: int) -> dict[str, str]:
     """Environment of a child: ANTs' seed, one thread, this package importable."""
+    # 0 tells ANTs to take the clock's seed.
+    seed = seed or 2**31 - 1
     package_root = str(Path(__file__).resolve().parents[2])
     paths = (package_root, os.environ.get("PYTHONPATH", ""))
     return {

@@ -115,12 +115,23 @@ class Acquisition:
 
 
 def slice_axis(grid: Grid) -> int:
-    """Array axis with the coarsest voxel size; the last one when all are alike."""
-    return _coarsest(grid.voxel_sizes)
+    """Array axis with the coarsest voxel size.
+
+    Of several that are as coarse the one nearest to feet-head, else to back-front: in which order
+    axes are stored is no property of a scan.
+    """
+    sizes = grid.voxel_sizes
+    nearest = np.abs(_nearest_axes(grid.affine[:3, :3] / sizes)).argmax(axis=0)
+    return int(max(_coarsest(sizes), key=lambda axis: nearest[axis]))
 
 
-def _coarsest(sizes: np.ndarray) -> int:
-    return 2 if np.ptp(sizes) < 1e-3 * sizes.max() else int(np.argmax(sizes))
+def _coarsest(sizes: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(sizes > (1 - 1e-3) * sizes.max())
+
+
+def _zero_filled(sizes: np.ndarray) -> np.ndarray:
+    # Those of a turned affine are rounded, and `place` samples the finest ones at just this size.
+    return np.asarray(sizes < FINEST - 1e-3)
 
 
 @dataclass(frozen=True)
@@ -140,8 +151,8 @@ class Sampling:
 
     @property
     def axis(self) -> int:
-        """Along which the slices are stacked; the last one when all sizes are alike."""
-        return _coarsest(self.sizes)
+        """Along which the slices are stacked; the last one of several that are as coarse."""
+        return int(_coarsest(self.sizes)[-1])
 
     def phases(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Where the scan has measured, (3, x, y, z) float32, one channel for each axis.
@@ -355,10 +366,13 @@ def place(
     else:
         thickness = sizes[axis] * rng.uniform(0.85, 1.0)
     told = shape is not None or geometry.gap is not None or geometry.thickness is not None
+    # How an array is stored is no property of a scanner.
+    if (coarse := _coarsest(sizes)).size > 1:
+        axis = int(rng.choice(coarse))
 
     # Fine matrices are zero-filled: what was acquired in-plane is coarser than the voxel, and
     # sampling it at 0.9 mm loses nothing that was measured.
-    widths = np.where(sizes < FINEST, rng.uniform(np.clip(sizes, 0.8, 1.2), 1.25), sizes)
+    widths = np.where(_zero_filled(sizes), rng.uniform(np.clip(sizes, 0.8, 1.2), 1.25), sizes)
     widths[axis] = thickness
     in_plane = np.arange(3) != axis
     sizes = np.where(in_plane, np.maximum(sizes, FINEST), sizes)
@@ -410,7 +424,7 @@ def from_header(grid: Grid, world: np.ndarray, thickness: float | None = None) -
         With Gaussian profiles of the middle of the widths that `place` draws.
     """
     sizes = grid.voxel_sizes
-    widths = np.where(sizes < FINEST, (np.clip(sizes, 0.8, 1.2) + 1.25) / 2, sizes)
+    widths = np.where(_zero_filled(sizes), (np.clip(sizes, 0.8, 1.2) + 1.25) / 2, sizes)
     axis = slice_axis(grid)
     # Where two axes are as coarse, nothing tells which of them the slices are stacked along.
     alone = np.delete(sizes, axis).max() < 0.99 * sizes[axis]
