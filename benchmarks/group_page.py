@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from commit import commit
 
+from benchmarks.commit import commit
 from remix_bids.reports.group import write_group
 from tests.pages import figures_of, open_browser
 

@@ -25,7 +25,7 @@ from remix_bids.experts.registry import GENERAL
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import geometries
 from remix_bids.training.dataset import Simulator, load_persons
-from remix_bids.training.trainer import psnr
+from remix_bids.training.trainer import psnr_of_unit
 
 HEAD = ["class", "one pass", "mirrored along one axis", "as shipped", "all eight"]
 FLIPS = [axes for count in range(4) for axes in combinations((1, 2, 3), count)]
@@ -54,7 +54,7 @@ def gains(network: ResidualUNet, simulator: Simulator, volumes: int) -> list[flo
             "as shipped": predict(network, pair.inputs, pair.scan),
             "all eight": mean_over(network, pair.inputs, pair.scan, FLIPS),
         }
-        before, *after = (psnr(output, pair.target, mask) for output in outputs.values())
+        before, *after = (psnr_of_unit(output, pair.target, mask) for output in outputs.values())
         found.append([value - before for value in after])
     return np.mean(found, axis=0).tolist()
 

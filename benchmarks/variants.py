@@ -131,7 +131,7 @@ def restored(network: unet.ResidualUNet, pair: Pair) -> tuple[torch.Tensor, ...]
     """Output, input and target in the middle of a simulated volume, and where the head is."""
     middle = slice(16, 112)
     x, y = pair.inputs[:, middle, middle, middle], pair.target[middle, middle, middle]
-    with half_precision(x.device):
+    with half_precision(x, len(network.widths)):
         out = network(x[None], pair.scan[None])[0, 0].float()
     return out, x[0], y, (x[1] > 0) & (y > 0.05)
 

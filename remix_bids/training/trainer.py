@@ -114,12 +114,19 @@ def batches(
         number, skip = number + 1, 0
 
 
-def half_precision(device: torch.device) -> torch.autocast:
-    """bfloat16, but not on CPUs that lack it: they take far longer to imitate it than float32."""
-    fast = device.type != "cpu" or (
-        torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def half_precision(inputs: Tensor, levels: int) -> torch.autocast:
+    """bfloat16, where a processor has it and computes it rightly.
+
+    CPUs that lack it take far longer to imitate it than float32. On those that have it the gradient
+    of a convolution over rows of two voxels, as the last level of a small patch has, is memory that
+    nobody wrote (torch 2.13; `tests/test_training.py` trains on such patches).
+    """
+    fast = inputs.device.type != "cpu" or (
+        torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and inputs.shape[-1] >> levels > 2
     )
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    return torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def psnr_of_unit(x: Tensor, y: Tensor, mask: Tensor) -> float:
@@ -154,7 +161,7 @@ class Validation:
             side = [n - n % network.multiple for n in volume.shape[1:]]
             cut = volume[(slice(None), *(slice(0, n) for n in side))].float()
             x, y = cut[:-1], cut[-1]
-            with half_precision(x.device):
+            with half_precision(x, len(network.widths)):
                 out = network(x[None], scan[None])[0, 0].float()
             mask = (x[1] > 0) & (y > 0.05)
             gains.append(psnr_of_unit(out, y, mask) - psnr_of_unit(x[0], y, mask))
@@ -281,7 +288,7 @@ def forward_parts(
     if network is None:
         output = inputs[:, 0]
     else:
-        with half_precision(inputs.device):
+        with half_precision(inputs, len(network.widths)):
             output = network(inputs, batch["scan"])[:, 0]
         output = output.float()
     inner = (slice(None), *(slice(rim, n - rim) for n in output.shape[1:]))
