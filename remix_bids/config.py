@@ -114,9 +114,11 @@ def read_settings(text: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"the configuration file is not valid TOML: {error}") from None
     settings = table.get("settings", table)
+    if not isinstance(settings, Mapping):
+        raise UsageError("the configuration file's settings are no table: [settings]")
     types = {field.name: str(field.type) for field in fields(RunConfig)}
     unknown = sorted(set(settings) - set(types))
-    if unknown or not isinstance(settings, Mapping):
+    if unknown:
         raise UsageError(
             f"the configuration file has unknown settings: {', '.join(unknown)}; "
             f"known: {', '.join(types)}"

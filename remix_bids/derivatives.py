@@ -97,9 +97,9 @@ def _container(environ: Mapping[str, str] = os.environ) -> dict[str, dict[str, s
 
 def _source(raw: dict[str, Any], bids_dir: Path) -> dict[str, str]:
     """Where the input comes from: its DOI when it has one, the folder otherwise."""
-    doi = re.sub(r"^(doi:|https?://(dx\.)?doi\.org/)", "", str(raw.get("DatasetDOI") or ""))
+    doi = re.search(r"10\.\d{4,}/\S+", str(raw.get("DatasetDOI") or ""))
     if doi:
-        return {"URL": f"https://doi.org/{doi}", "DOI": doi}
+        return {"URL": f"https://doi.org/{doi[0]}", "DOI": doi[0]}
     return {"URL": bids_dir.resolve().as_uri()}
 
 

@@ -65,29 +65,36 @@ def collect_scans(config: RunConfig, filters: dict[str, Any]) -> list[Scan]:
     query: dict[str, Any] = {
         "datatype": "anat",
         "suffix": "T1w",
-        "extension": list(EXTENSIONS),
-        "subject": list(config.participant_label) or None,
-        "session": list(config.session_label) or None,
         **_translate(filters, layout),
     }
-    query = {key: value for key, value in query.items() if value is not None}
     try:
         files = layout.get(**query)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # PyBIDS' own kinds, and those of its database
         raise UsageError(f"the query {_show(query)} cannot be run: {error}") from None
-    if config.participant_label:  # a filter file cannot widen the choice
-        files = [file for file in files if file.entities.get("subject") in wanted]
-    if config.session_label:
-        files = [file for file in files if file.entities.get("session") in config.session_label]
     forget_sidecars()
     scans = []
     for path in sorted(Path(file.path) for file in files):
+        if not path.name.endswith(EXTENSIONS):
+            continue
         try:
-            scans.append(_as_scan(path, Path(layout.root)))
+            scan = _as_scan(path, Path(layout.root))
         except InputImageError as error:
             LOGGER.warning("ignored %s: %s", path, error)
+            continue
+        # By names, for PyBIDS ends a label at the first dash, and a filter file cannot widen these.
+        if scan.subject not in wanted:
+            continue
+        if not config.session_label or scan.session in config.session_label:
+            scans.append(scan)
+    asked = {"subject": config.participant_label, "session": config.session_label}
     if not scans:
+        query |= {key: list(labels) for key, labels in asked.items() if labels}
         raise NothingToDoError(f"no T1w image in {config.bids_dir} matches {_show(query)}")
+    found = {scan.subject for scan in scans}
+    if lacking := [label for label in config.participant_label if label not in found]:
+        LOGGER.warning(
+            "no T1w image that is asked for: %s", ", ".join(f"sub-{label}" for label in lacking)
+        )
     return scans
 
 
@@ -106,7 +113,7 @@ def _as_scan(path: Path, bids_dir: Path) -> Scan:
     if path.parent != bids_dir.joinpath(*place, "anat"):
         raise InputImageError(f"by its name it belongs in {'/'.join((*place, 'anat'))}")
     if extension not in EXTENSIONS:
-        raise InputImageError(f"it is no {' or '.join(EXTENSIONS)}")
+        raise InputImageError("a label holds a dot, which BIDS does not allow")
     derived = [key for key in DERIVATIVE if key in entities]
     if derived:
         raise InputImageError(f"{derived[0]}- marks it as processed, not acquired")
@@ -203,7 +210,8 @@ def _check_database(config: RunConfig, layout: Any, wanted: Sequence[str]) -> No
             f"--bids-database-dir {config.bids_database_dir} is of another dataset, or this one "
             "lay elsewhere when it was made; remove that folder, or name another one"
         )
-    if lacking := sorted({*wanted} - {*layout.get_subjects()}):
+    places = (Path(path).relative_to(root).parts[0] for path in layout.files)
+    if lacking := sorted({*wanted} - {place.removeprefix("sub-") for place in places}):
         LOGGER.warning(
             "--bids-database-dir %s has no files of sub-%s; remove that folder if the dataset has "
             "changed since it was made",
@@ -223,10 +231,24 @@ class _OtherSubjects:
 
 
 def _translate(filters: dict[str, Any], layout: Any) -> dict[str, Any]:
-    """Filters as PyBIDS wants them; null and 'Query.NONE' mean absent, 'Query.ANY' present."""
+    """Filters as PyBIDS wants them, in lists, too.
+
+    null and 'Query.NONE' mean absent, 'Query.ANY' and '*' present.
+    """
     from bids.layout import Query
 
     special = {"Query.NONE": Query.NONE, "Query.ANY": Query.ANY, "Query.OPTIONAL": Query.OPTIONAL}
+    special["*"] = Query.ANY
+
+    def translated(value: Any) -> Any:
+        if value is None:
+            return Query.NONE
+        if isinstance(value, list):
+            return [translated(one) for one in value]
+        if isinstance(value, str):
+            return special.get(value.removeprefix("<").split(":")[0].rstrip(">"), value)
+        return value
+
     known = {*layout.get_entities(), "extension", "regex_search", "run", "session", "acquisition"}
     unknown = sorted(set(filters) - known)
     if unknown:
@@ -235,18 +257,11 @@ def _translate(filters: dict[str, Any], layout: Any) -> dict[str, Any]:
             f"known: {', '.join(sorted(known))}"
         )
     for key, fixed in (("suffix", "T1w"), ("datatype", "anat")):
-        if filters.get(key, fixed) != fixed:
+        if filters.get(key, fixed) not in (fixed, [fixed]):
             raise UsageError(
                 f"--bids-filter-file: {key} is {filters[key]!r}; only {fixed} can be worked on"
             )
-    out = {}
-    for key, value in filters.items():
-        if value is None:
-            value = Query.NONE
-        elif isinstance(value, str):
-            value = special.get(value.removeprefix("<").split(":")[0].rstrip(">"), value)
-        out[key] = value
-    return out
+    return {key: translated(value) for key, value in filters.items()}
 
 
 def _show(query: dict[str, Any]) -> str:

@@ -232,10 +232,13 @@ def test_dataset_files_name_the_container(tmp_path, monkeypatch, engine, kind):
     assert description["SourceDatasets"] == [{"URL": tmp_path.as_uri()}]  # it has no DOI
 
 
-def test_dataset_files(tmp_path):
+@pytest.mark.parametrize(
+    "doi", ["doi:10.1234/x", "DOI: 10.1234/x", "https://www.doi.org/10.1234/x", "10.1234/x"]
+)
+def test_dataset_files(tmp_path, doi):
     bids, out = tmp_path / "my bids", tmp_path / "out"
     bids.mkdir()
-    raw = {"Name": "Raw", "License": "CC0", "DatasetDOI": "doi:10.1/x"}
+    raw = {"Name": "Raw", "License": "CC0", "DatasetDOI": doi}
     (bids / "dataset_description.json").write_text(json.dumps(raw))
     out.mkdir()
     (out / ".bidsignore").write_text("mine\nlogs\n")
@@ -245,7 +248,9 @@ def test_dataset_files(tmp_path):
     assert description["GeneratedBy"][0]["Name"] == "remix-bids"
     assert description["DatasetLinks"]["raw"].startswith("file:///")
     assert " " not in description["DatasetLinks"]["raw"]
-    assert description["SourceDatasets"] == [{"URL": "https://doi.org/10.1/x", "DOI": "10.1/x"}]
+    assert description["SourceDatasets"] == [
+        {"URL": "https://doi.org/10.1234/x", "DOI": "10.1234/x"}
+    ]
     assert "Container" not in description["GeneratedBy"][0]
     lines = (out / ".bidsignore").read_text().splitlines()
     assert lines[:2] == ["mine", "logs"]

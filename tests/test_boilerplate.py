@@ -1,6 +1,7 @@
 """The methods text says what the options did, and cites what it names."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,13 @@ def test_reports_only_builds_pages_of_what_is_there(tmp_path):
     done = run(*command, "--participant-label", "02")
     assert done.returncode == 0
     assert [p.name for p in out.glob("*.html")] == ["sub-02.html"]
+    # Of one all of whose scans have failed there are logs only.
+    (out / "sub-04/log/run").mkdir(parents=True)
+    done = run(*command, "--participant-label", "04", "03")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "1 done, 0 failed")
+    assert "no report: sub-03 have not been run" in done.stdout
+    shutil.rmtree(out / "sub-04")
+    (out / "sub-04.html").unlink()
     done = run(*command)
     assert done.stdout.strip().endswith("2 done, 0 failed")
     page = (out / "sub-01.html").read_text()

@@ -272,6 +272,36 @@ def test_nothing_left(parse):
         names(parse("--participant-label", "02", "--session-label", "a"))
 
 
+def test_labels_that_pybids_would_cut_off(parse, tmp_path, caplog):
+    odd = ["sub-ABC-001_ses-m-1_T1w.nii.gz", "sub-é1_T1w.nii.gz", "sub-01+A_T1w.nii.gz"]
+    bids = make_dataset(
+        tmp_path / "odd", [*odd, "sub-03_acq-1.5mm_T1w.nii.gz", "sub-04_T2w.nii.gz"]
+    )
+    for extra in ((), ("--bids-database-dir", tmp_path / "db")):
+        config = parse(*extra).with_(bids_dir=bids)
+        assert sorted(names(config)) == sorted(odd)
+        assert "a label holds a dot" in caplog.text
+        for label, name in zip(("ABC-001", "é1", "01+A"), odd, strict=True):
+            assert names(config.with_(participant_label=(label,))) == [name]
+        assert names(config.with_(session_label=("m-1",))) == odd[:1]
+    assert "has no files" not in caplog.text
+    # Asked for, and there is no T1w image: the others are done.
+    assert names(parse().with_(bids_dir=bids, participant_label=("é1", "04"))) == odd[1:2]
+    assert "no T1w image that is asked for: sub-04" in caplog.text
+
+
+def test_filters_that_are_lists(parse, tmp_path):
+    made = [f"sub-01_{acq}T1w.nii.gz" for acq in ("", "acq-a_", "acq-ax_")]
+    config = parse().with_(bids_dir=make_dataset(tmp_path / "made", made))
+    for none in (None, "Query.NONE"):
+        found = names(config, {"acquisition": ["ax", none]})
+        assert sorted(found) == sorted([made[0], made[2]])
+    assert len(names(config, {"acquisition": "*"})) == 2
+    assert len(names(config, {"suffix": ["T1w"]})) == 3
+    with pytest.raises(UsageError, match="cannot be run"):
+        names(config, {"acquisition": "[", "regex_search": True})
+
+
 def test_filter_file(parse, tmp_path):
     from remix_bids.cli.parser import read_filters
 

@@ -51,6 +51,8 @@ def test_is_frozen():
         ("low_mem = 1", "low_mem"),
         ("participant_label = '01'", "participant_label"),
         ("nprocs = ", "TOML"),
+        ("settings = 3", "no table"),
+        ("[[settings]]\nnprocs = 1", "no table"),
     ],
 )
 def test_wrong_settings(text, complaint):

@@ -246,7 +246,7 @@ def rows():
     values = dict(zip(METHODS, range(24, 24 + len(METHODS)), strict=True))
     return [
         {"person": f"p{i}", "drawn": 4, "class": 4, "noise": 0.0, "method": method, "kind": "real",
-         "number": 0,
+         "number": 0, "voxel_sizes": "1.00 x 1.00 x 4.00",
          "profile": "box", "anisotropy": 4.0, "psnr": values[method] + i + 0.0,
          "psnr_whole": 30.0, "psnr_matched": 30.0, "ssim": 0.9, "correlation": 0.99}
         for i in range(4)
@@ -261,9 +261,9 @@ def test_the_table_gives_paired_gains():
     assert "| 4 | +6.00 [+6.00, +6.00] 4/4 | +5.00 [+5.00, +5.00] 4/4 |" in table
     # Split by kind: cubic, back-projection, general.
     cells = "+5.00 [+5.00, +5.00] 4/4 | +3.00 [+3.00, +3.00] 4/4 | +2.00 [+2.00, +2.00] 4/4"
-    assert f"| box profile | {cells} |" in table
-    assert f"| anisotropy 4 to 20 | {cells} |" in table
-    assert "| Gaussian profile |  |  |  |" in table
+    assert f"| box profile | 1 | {cells} |" in table
+    assert f"| anisotropy 4 to 20 | 1 | {cells} |" in table
+    assert "| Gaussian profile | 0 |  |  |  |" in table
     _, seven = table.split("**Gain of `expert` over `general`, network alone, without noise**")
     assert METHODS.index("expert") - METHODS.index("general") == 1
     same = "+0.0000 [+0.0000, +0.0000] 0/4"

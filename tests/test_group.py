@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from remix_bids.errors import NothingToDoError
-from remix_bids.reports.group import LIMIT, collect, flag, write_group
+from remix_bids.reports.group import LIMIT, collect, flag, group_html, write_group
 from tests.commands import run
 from tests.pages import figures_of
 
@@ -48,7 +48,7 @@ def test_outliers_are_flagged_with_their_reason():
     assert [i for i, why in enumerate(reasons) if why] == [4, 7, 9, 11]
     assert reasons[4][0].startswith("Disagreement with the scan, typical is high: 9, median of")
     assert "Registration score is low: 0.1" in reasons[7][0]
-    assert reasons[9] == ["Only 80 % of the brain in the field of view"]
+    assert reasons[9] == ["Only 80.0 % of the brain in the field of view"]
     assert reasons[11] == ["2 warning(s) in the report"]
 
 
@@ -78,6 +78,8 @@ def test_links_lead_to_sections_whatever_the_order_of_entities(tmp_path):
     write(tmp_path, rows)
     page, *_ = write_group(tmp_path)
     assert "sub-0000.html#sub-0000_acq-x_run-1_T1w" in page.read_text()
+    rows[0]["bids_name"] = "ses-x_sub-0000_T1w"
+    assert "./sub-0000.html#sub-0000_ses-x_T1w" in group_html(rows, ["bids_name"], {})
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])

@@ -272,6 +272,11 @@ def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
     for kind in ("tsv", "md"):
         joined, whole = (tmp_path / f"{name}.{kind}" for name in ("joined", "whole"))
         assert joined.read_text() == whole.read_text()
+    header, *rows = (tmp_path / "whole.tsv").read_text().splitlines(keepends=True)
+    more = [row.replace("\t4\t0\t", "\t4\t1\t", 1) for row in rows]
+    (tmp_path / "cut.tsv").write_text("".join([header, *rows, *more[:-1]]))
+    assert main(["table", str(tmp_path / "cut"), str(tmp_path / "cut.tsv")]) == 2
+    assert "1 of 2 cases lack methods that others have" in capsys.readouterr().err
     assert run("whole.tsv", "expert") == 2
     assert "rows of other methods" in capsys.readouterr().err
     assert main(["table", str(tmp_path / "one"), parts[1]]) == 2

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from remix_bids.qc import consistency, left_out, quality
 from remix_bids.qc.dictionary import qc_dictionary
-from remix_bids.simulation.acquisition import Acquisition
+from remix_bids.simulation.acquisition import Acquisition, turn_about
 from remix_bids.simulation.degrade import acquire, field_of_view, restore_grid
 from remix_bids.simulation.estimate import make_consistent
 from remix_bids.spatial import WORKING_GRID, Grid
@@ -335,6 +335,20 @@ def test_anisotropy_finds_the_blurred_axis():
     turned = np.array([[1, 1, 0], [-1, 1, 0], [0, 0, 1.0]]).T  # native axes need not be ours
     blurred = gaussian_filter(noise, [0, 0, 1.5])
     assert quality.anisotropy(blurred, cube, turned, 2) < -5
+    # Columns are as long as the voxels' sides, in any order, and oblique.
+    straight = quality.anisotropy(blurred, cube, axes, 2)
+    sagittal = np.array([[0, 1.0, 0], [0, 0, 1], [5, 0, 0]])
+    assert quality.anisotropy(blurred, cube, sagittal, 0) == pytest.approx(straight, abs=1e-6)
+    tilt = turn_about(np.array([1.0, 0, 0]), 20)
+    across = gaussian_filter(noise, [0, 1.5, 0])
+    assert quality.anisotropy(blurred, cube, np.diag([1, 1, 5]), 2) == pytest.approx(straight)
+    for image in (blurred, across):
+        unit = quality.anisotropy(image, cube, tilt, 2)
+        long = quality.anisotropy(image, cube, tilt @ np.diag([1, 1, 5]), 2)
+        assert long == pytest.approx(unit, abs=1e-6)
+    few = np.zeros_like(cube)
+    few[:3, :3, :3] = True
+    assert np.isnan(quality.anisotropy(noise, few, axes, 2))
     assert abs(quality.directional_power(blurred, cube, turned)[:2]).max() < 2.5
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel as nb
 import numpy as np
 import pytest
 import torch
@@ -153,6 +154,18 @@ def test_the_table_is_as_large_as_declared(tmp_path, sides):
     to_scan = np.diag([*(1 / np.array(sides)), 1.0])
     table, _ = _tabulate(torch.ones(30, 32, 8), to_scan, (100, 100, 100))
     assert table.numel() == Footprint.of(scan).nodes
+
+
+def test_the_affine_tells_sizes_where_the_header_says_otherwise(tmp_path):
+    scan = save_image(
+        tmp_path / "scan.nii", np.ones((30, 32, 8), np.uint8), np.diag([0.5, 0.5, 5, 1])
+    )
+    right = Footprint.of(scan)
+    with scan.open("r+b") as file:
+        file.seek(76 + 4)  # pixdim[1:4]
+        file.write(np.ones(3, "<f4").tobytes())
+    assert nb.load(scan).header.get_zooms() == (1, 1, 1)
+    assert Footprint.of(scan) == right
 
 
 def test_large_matrices_ask_for_more_memory(tmp_path):

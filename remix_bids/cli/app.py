@@ -144,21 +144,29 @@ def rebuild_reports(config: RunConfig) -> int:
     Raises
     ------
     NothingToDoError
-        No participant asked for has figures.
+        No participant asked for has been run.
     """
     from remix_bids.derivatives import check_output_dataset
     from remix_bids.errors import NothingToDoError
 
     check_output_dataset(config.output_dir)
-    folders = sorted(config.output_dir.glob("sub-*/figures"))
-    subjects = [folder.parent.name.removeprefix("sub-") for folder in folders]
+    # Of a participant all of whose scans have failed there are logs, and no figures.
+    folders = {
+        path.parent.name
+        for what in ("figures", "log")
+        for path in config.output_dir.glob(f"sub-*/{what}")
+    }
+    subjects = sorted(name.removeprefix("sub-") for name in folders)
+    lacking = [label for label in config.participant_label if label not in subjects]
     if config.participant_label:
         subjects = [label for label in subjects if label in config.participant_label]
     if not subjects:
         raise NothingToDoError(
-            f"no participant asked for has figures in {config.output_dir}; run without "
+            f"no participant asked for has figures or logs in {config.output_dir}; run without "
             "--reports-only first"
         )
+    if lacking:
+        LOGGER.warning("no report: %s have not been run", ", ".join(f"sub-{x}" for x in lacking))
     failed = build_reports(config, subjects, {})
     print(f"{len(subjects) - len(failed)} done, {len(failed)} failed", flush=True)
     return 1 if failed else 0

@@ -183,7 +183,7 @@ def table(args: argparse.Namespace) -> None:
     for path, rows in zip(args.rows, tables, strict=True):
         if rows and (lacking := [column for column in COLUMNS if column not in rows[0]]):
             raise UsageError(f"{path} lacks {', '.join(lacking)}: evaluate writes these columns")
-    rows = tables[0] if len(tables) == 1 else joined(tables)
+    rows = joined(tables)
     if not rows:
         raise UsageError(
             "there are no rows; name TSV files that remix-experts evaluate has written"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import time
@@ -373,7 +374,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise UsageError(
                 f"the configuration file: {field.name} = {value!r}, not one of {known}"
             )
-    if settings.get("mem_gb", 1) <= 0:
+    if not 0 < settings.get("mem_gb", 1) < math.inf:
         raise UsageError("the configuration file: mem_gb must be above 0")
 
 

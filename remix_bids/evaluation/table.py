@@ -186,7 +186,10 @@ def _network_against_network(rows: Sequence[dict]) -> list[str]:
 
 
 def _by_kind(rows: Sequence[dict]) -> list[str]:
-    """Gains split by profile, anisotropy and where the geometry comes from, class 1 left out."""
+    """Gains split by profile, anisotropy and where the geometry comes from, class 1 left out.
+
+    With how many voxel sizes each is of: several persons may be seen through one real geometry.
+    """
     rest = [row for row in rows if int(row["class"]) > 1]
     groups = {
         "Gaussian profile": [row for row in rest if row["profile"] == "gaussian"],
@@ -200,7 +203,11 @@ def _by_kind(rows: Sequence[dict]) -> list[str]:
         ]
     bases = ("cubic", "back-projection", GENERAL)
     body = [
-        [name, *(_cell(paired_gain(group, "psnr", m), 2) for m in bases)]
+        [
+            name,
+            str(len({row["voxel_sizes"] for row in group})),
+            *(_cell(paired_gain(group, "psnr", m), 2) for m in bases),
+        ]
         for name, group in groups.items()
     ]
-    return markdown_table(["acquisitions", *bases], body)
+    return markdown_table(["acquisitions", "voxel sizes", *bases], body)

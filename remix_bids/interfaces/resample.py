@@ -92,7 +92,7 @@ class ToWorkingGrid(SimpleInterface):
         self._results["warnings"] = []
         if part < COVERED_ENOUGH:
             self._results["warnings"] = [
-                f"Coverage: the field of view holds {100 * part:.0f} % of the brain; "
+                f"Coverage: the field of view holds {100 * part:.1f} % of the brain; "
                 "the output is 0 where nothing was measured."
             ]
         return runtime

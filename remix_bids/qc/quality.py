@@ -126,12 +126,14 @@ def directional_power(image: np.ndarray, brain: np.ndarray, axes: np.ndarray) ->
         It is faded out towards its border: an edge is detail along all axes, however blurred the
         image.
     axes : (3, 3) array
-        Columns are directions in voxel space of ``image``, such as those of the native voxel axes.
+        Columns are directions in voxel space of ``image``, of any length, such as those of the
+        native voxel axes.
 
     Returns
     -------
     (3,) array
-        Power in `HIGH_BAND` over that in `LOW_BAND` along each direction, in decibels.
+        Power in `HIGH_BAND` over that in `LOW_BAND` along each direction, in decibels; NaN where
+        the brain is too small to tell.
     """
     box = box_around(brain, 0)
     depth = distance_transform_edt(np.pad(brain[box], 1))[1:-1, 1:-1, 1:-1]
@@ -145,12 +147,11 @@ def directional_power(image: np.ndarray, brain: np.ndarray, axes: np.ndarray) ->
     f = np.stack(np.meshgrid(*(line.astype(np.float32) for line in lines), indexing="ij"))
     radius = np.sqrt((f**2).sum(axis=0))
     out = np.zeros(3)
-    for i, direction in enumerate(axes.T / np.linalg.norm(axes, axis=0)):
+    for i, direction in enumerate((axes / np.linalg.norm(axes, axis=0)).T):
         along = np.abs(np.tensordot(direction.astype(np.float32), f, axes=1)) >= CONE * radius
-        bands = [
-            power[along & (radius >= a) & (radius < b)].mean() for a, b in (HIGH_BAND, LOW_BAND)
-        ]
-        out[i] = 10 * np.log10(max(bands[0], 1e-30) / max(bands[1], 1e-30))
+        bands = [power[along & (radius >= a) & (radius < b)] for a, b in (HIGH_BAND, LOW_BAND)]
+        high, low = (max(band.mean(), 1e-30) if band.size else np.nan for band in bands)
+        out[i] = 10 * np.log10(high / low)
     return out
 
 
@@ -195,10 +196,11 @@ def image_quality(
     dict
         Keys as in ``data/qc.json``; None where a measure cannot be taken.
     """
+    uneven = anisotropy(image, brain, axes, thick)
     inner = brain & binary_erosion(covered, border_value=1)  # where all neighbours were acquired
     out: dict[str, float | None] = {
         "sharpness": sharpness(image, inner if inner.any() else brain),
-        "anisotropy": anisotropy(image, brain, axes, thick),
+        "anisotropy": uneven if np.isfinite(uneven) else None,
         "noise": None,
         "snr": None,
         "cnr": None,

@@ -139,7 +139,7 @@ def flag(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     for row, why in zip(rows, reasons, strict=True):
         covered = row.get("brain_coverage")
         if _is_number(covered) and covered < POOREST_COVERAGE:
-            why.append(f"Only {covered:.0f} % of the brain in the field of view")
+            why.append(f"Only {covered:.1f} % of the brain in the field of view")
         if row.get("warnings"):
             why.append(f"{row['warnings']} warning(s) in the report")
     return reasons
@@ -234,9 +234,9 @@ def group_html(
     """The page."""
     links = []
     for row in rows:
-        subject = row["bids_name"].split("_")[0]
-        section = join_name(*split_name(row["bids_name"])[:2], "")  # as `individual` names it
-        links.append(f"./{quote(subject)}.html#{quote(section)}")
+        entities, suffix, _ = split_name(row["bids_name"])
+        section = join_name(entities, suffix, "")  # as `individual` names it
+        links.append(f"./sub-{quote(entities['sub'])}.html#{quote(section)}")
     data = {
         "columns": list(columns),
         "dictionary": dictionary,

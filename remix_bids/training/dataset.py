@@ -142,7 +142,10 @@ def bias_field(rng: np.random.Generator, like: Tensor, limit: float) -> Tensor:
 
 
 def add_lesions(rng: np.random.Generator, image: Tensor) -> Tensor:
-    """1 to 3 smooth ellipsoids of 3 to 15 mm in tissue, 10 to 40 % brighter or darker."""
+    """1 to 3 smooth ellipsoids in tissue, 10 to 40 % brighter or darker.
+
+    Of 3 to 15 mm, and 0.7 to 1.3 times that along each axis.
+    """
     tissue = torch.nonzero(image > 0.3)
     image = image.clone()
     for _ in range(rng.integers(1, 4)):

@@ -38,7 +38,7 @@ class Footprint:
         try:
             image = nb.load(path)
             shape = image.shape[:3]
-            sides = [float(side) for side in image.header.get_zooms()[:3]]
+            sides = [math.hypot(*column) for column in image.affine[:3, :3].T]
             # As `remix_bids.spatial` has it, which needs torch: the parent never imports it.
             along = [(n - 1) * max(2, round(2 * s)) + 1 for n, s in zip(shape, sides, strict=True)]
         except Exception:  # nibabel raises many kinds for a damaged file
