@@ -10,6 +10,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from remix_bids.spatial import (
@@ -77,6 +78,18 @@ def enhanced_part(mapping: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
     return (depth / TAPER).clamp(0, 1)
 
 
+def _continued(residual: Tensor, seen: Tensor) -> Tensor:
+    """As if all beyond the field of view were like its edge, for the spline that is laid through.
+
+    It is 0 there, a step that the spline would ring at.
+    """
+    if seen.all() or not seen.any():
+        return residual
+    nearest = distance_transform_edt(~seen.numpy(), return_distances=False, return_indices=True)
+    x, y, z = torch.from_numpy(nearest).long()
+    return residual[x, y, z]
+
+
 def to_native_space(
     native: Tensor, source: Grid, world: np.ndarray, residual: Tensor
 ) -> tuple[Tensor, Tensor, Grid]:
@@ -104,6 +117,8 @@ def to_native_space(
     image = resample(native, mapping, grid.shape, "cubic")
     to_working = index_map(grid, WORKING_GRID, np.linalg.inv(world))
     part = enhanced_part(to_working, grid.shape) * covered * bool(residual.any())
+    seen = coverage(index_map(WORKING_GRID, source, world), source.shape, WORKING_GRID.shape)
+    residual = _continued(residual, seen)
     image = image + part * resample(residual, to_working, grid.shape, "cubic")
     if native.min() >= 0:
         image = image.clamp(min=0)  # a spline overshoots at edges, a magnitude does not

@@ -146,9 +146,10 @@ def test_task_with_templates_that_the_image_lacks(task, tmp_path):
 
 
 def test_task_without_a_participant(task):
-    code, lines, error = task(SLURM_ARRAY_TASK_ID="3")
-    assert (code, lines) == (2, [])
-    assert "no participant number 3" in error
+    for number in ("0", "3"):
+        code, lines, error = task(SLURM_ARRAY_TASK_ID=number)
+        assert (code, lines) == (2, [])
+        assert f"no participant number {number}" in error
 
 
 # --- plugin files, BABS ---------------------------------------------------------------------------

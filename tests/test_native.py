@@ -133,6 +133,16 @@ def test_outside_the_working_grid_is_the_interpolated_scan():
     assert steps.max() <= 1 / TAPER + 1e-4  # no visible edge
 
 
+def test_what_is_added_is_whole_up_to_the_edge_of_the_field_of_view():
+    tilt = from_matvec(rotation(15, 10, 5), [0, 0, 0])
+    source = grid("LAS", (1.0, 1.0, 3.0), (90, 90, 20))
+    seen = coverage(index_map(WORKING_GRID, source, tilt), source.shape, WORKING_GRID.shape)
+    native = torch.full(source.shape, 100.0)
+    image, part, _ = to_native_space(native, source, tilt, 10.0 * seen)
+    assert (part == 1).sum() > 100_000
+    np.testing.assert_allclose(image[part == 1], 110, atol=0.01)
+
+
 def test_the_taper_is_a_ramp():
     part = enhanced_part(np.eye(4), (20, 217, 181))[:, 100, 90]
     np.testing.assert_allclose(part[:8], [0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1], atol=1e-6)

@@ -86,7 +86,7 @@ def correlation_loss(x: Tensor, y: Tensor, weight: Tensor, flat: float = 0.02) -
 
     x, y = centred(x), centred(y)
     vx, vy = weighted_mean(x * x, weight), weighted_mean(y * y, weight)
-    r = weighted_mean(x * y, weight) / torch.sqrt(vx * vy + 1e-8)
+    r = weighted_mean(x * y, weight) / torch.sqrt(vx * vy + 1e-12)
     return torch.where(vy > flat**2, 1 - r, torch.zeros_like(r))
 
 
