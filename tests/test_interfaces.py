@@ -111,7 +111,7 @@ def test_little_coverage_is_said(tmp_path, template):
         tmp_path / "node",
     )
     assert result.brain_coverage < 0.95
-    assert f"{100 * result.brain_coverage:.0f} %" in result.warnings[0]
+    assert f"{100 * result.brain_coverage:.1f} %" in result.warnings[0]
     assert load(result.out_file).min() >= 0  # a spline must not undershoot what has no negatives
 
 
