@@ -131,6 +131,7 @@ def test_little_coverage_is_said(tmp_path, template):
         ((1.0, 1.0, 12.0), "effective", "auto", "7", "anisotropy"),
         ((1.0, 1.0, 1.0), "effective", "auto", NO_EXPERT, "nothing is to be gained"),
         ((0.5, 1.05, 0.8), "effective", "auto", NO_EXPERT, "nothing is to be gained"),
+        ((1.05 + 1e-7, 1.05, 1.05), "effective", "auto", NO_EXPERT, "nothing is to be gained"),
         ((1.0, 1.0, 1.0), "effective", "1", "1", ""),
         ((1.06, 1.06, 1.06), "effective", "auto", "1", ""),
     ],
