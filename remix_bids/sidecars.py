@@ -65,5 +65,7 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
 
 def positive(value: object) -> float | None:
     """A number above zero, to 4 decimals; None for what else a sidecar may hold."""
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    return round(float(value), 4) if usable else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    # Neither infinity, as which JSON reads 1e400, nor what would be rounded to 0.
+    return round(float(value), 4) if 1e-4 <= value < 1e6 else None

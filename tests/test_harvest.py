@@ -224,6 +224,16 @@ def test_a_header_against_its_sidecar(tmp_path, caplog):
     assert "the header counts" in caplog.text
 
 
+@pytest.mark.parametrize("told", ["Infinity", "1e400", "NaN", "0.00001", "-3", '"5"', "true", "[5]"])
+def test_what_is_no_thickness_is_none(tmp_path, told):
+    root = make_dataset(tmp_path / "bids", [])
+    scan(root / "sub-1" / "anat" / "sub-1_T1w.nii.gz", sizes=(1.0, 1.0, 5.0))
+    (root / "T1w.json").write_text(f'{{"SliceThickness": {told}}}')
+    assert main(["harvest", str(root), str(tmp_path / "bank.json")]) == 0
+    (found,) = load_bank(tmp_path / "bank.json")
+    assert (found.thickness, found.gap) == (None, None)
+
+
 def test_a_broken_sidecar_costs_only_what_it_says(tmp_path, caplog):
     root = make_dataset(tmp_path / "bids", [])
     for label in "12":

@@ -173,6 +173,17 @@ def test_windows_ignore_what_was_not_judged():
     np.testing.assert_allclose(mean[where], 3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("angle", [0, 10, 15, 24, 40])
+def test_a_window_is_one_slice_of_5_mm_however_its_affine_was_rounded(angle):
+    affine = np.diag([1.0, 1.0, 5.0, 1.0])
+    affine[:3, :3] = turn_about(np.array([1.0, 0, 0]), angle) @ affine[:3, :3]
+    grid = Grid((30, 30, 10), affine.astype(np.float32).astype(float))
+    values = np.ones(grid.shape)
+    values[:, :, 5] = 10
+    mean = consistency.windowed_mean(values, np.ones(grid.shape, dtype=bool), grid)
+    np.testing.assert_allclose(mean, values, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("spacing", "width"), [(6.0, 3.4), (7.0, 4.0), (5.0, 3.0)])
 def test_the_first_and_the_last_slice_are_predicted_like_all(spacing, width):
     affine = np.diag([1.0, 1.0, spacing, 1.0])
@@ -365,6 +376,12 @@ def test_tissues_and_what_is_measured_in_them(head):
     assert found["cnr"] == pytest.approx(300 / 9, rel=0.15)
     tissue = (head.clean[head.brain] > 400).sum()
     assert found["brain_volume"] == pytest.approx(0.5 * tissue, rel=0.02)
+    # Of another image, too, what is brighter than CSF was on the first one.
+    darker = np.where(head.clean == 600, 0.9, 1.0) * head.image
+    after = quality.image_quality(
+        darker, head.brain, np.ones_like(head.brain), np.eye(3), 2, tissues, 0.5
+    )
+    assert after["brain_volume"] == 0.5 * (darker[head.brain] >= tissues.dark).sum()
 
 
 def test_what_cannot_be_measured_is_none(head):
@@ -372,6 +389,7 @@ def test_what_cannot_be_measured_is_none(head):
     assert quality.find_tissues(head.image, head.brain & (head.clean > 1e9)) is None
     noise = np.random.default_rng(0).standard_normal((90, 90, 90))
     assert quality.find_tissues(noise, head.brain) is None
+    assert quality.find_tissues(np.where(head.clean > 400, 1000.0, 0.0), head.brain) is None
     found = quality.image_quality(
         head.image, head.brain, np.ones_like(head.brain), np.eye(3), 2, None, 1.0
     )

@@ -119,10 +119,15 @@ def test_native_sidecar(tmp_path):
 def test_every_second_slice_stays_in_its_place(tmp_path, n):
     data = np.random.default_rng(0).random((20, 22, n)).astype(np.float32)
     scan = save_image(tmp_path / "scan.nii.gz", data)
-    kept = nb.load(outputs(DropSlices(in_file=str(scan)), tmp_path / "node").out_file)
+    found = outputs(DropSlices(in_file=str(scan)), tmp_path / "node")
+    kept = nb.load(found.out_file)
     assert kept.shape == (20, 22, 14)
     np.testing.assert_array_equal(kept.get_fdata(dtype=np.float32), data[:, :, ::2])
     np.testing.assert_allclose(kept.affine @ [3, 4, 5, 1], nb.load(scan).affine @ [3, 4, 10, 1])
+    spacing = float(nb.affines.voxel_sizes(nb.load(scan).affine)[2])
+    for told, used in ((None, spacing), (spacing / 2, spacing / 2), (spacing * 1.6, spacing)):
+        node = DropSlices(in_file=str(scan), **({} if told is None else {"thickness": told}))
+        assert outputs(node, tmp_path / str(told)).thickness == pytest.approx(used)
 
 
 def test_header_findings(tmp_path):

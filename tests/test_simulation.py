@@ -18,6 +18,7 @@ from remix_bids.simulation.acquisition import (
     sampling,
     save_bank,
     slice_axis,
+    turn_about,
 )
 from remix_bids.simulation.degrade import (
     acquire,
@@ -284,3 +285,15 @@ def test_the_noise_of_a_scan_is_told_from_the_scan(axis, in_plane):
     grid = Grid((a, b, c), np.diag([*sizes, 1]))
     assert scan_noise(noisy, grid) == pytest.approx(25, rel=0.05)
     assert scan_noise(np.zeros(grid.shape), grid) == 0
+
+
+def test_noise_does_not_hang_on_how_a_header_rounds():
+    """Whether 2/3 mm and 0.4 mm are thinned once more."""
+    data = 500 + 25 * np.random.default_rng(0).standard_normal((60, 60, 20))
+    for pixel in (2 / 3, 0.4):
+        found = set()
+        for angle in (0, 7, 10, 33):
+            affine = np.diag([pixel, pixel, 5.0, 1.0])
+            affine[:3, :3] = turn_about(np.array([1.0, 0.3, 0]), angle) @ affine[:3, :3]
+            found.add(scan_noise(data, Grid((60, 60, 20), affine.astype(np.float32).astype(float))))
+        assert len(found) == 1

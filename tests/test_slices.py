@@ -18,6 +18,7 @@ from remix_bids.simulation.slices import (
     EXPECTED,
     as_if_measured,
     from_scan,
+    measurable,
     measure_slices,
     true_width,
     weighed,
@@ -125,6 +126,12 @@ def test_where_nothing_can_be_measured_the_header_tells(texture, what):
     found = from_scan(native, acquisition.grid, world, thickness)
     assert width_of_slices(found) == pytest.approx(EXPECTED * width_of_slices(told))
     assert found.widths[:2] == told.widths[:2]
+
+
+def test_slices_with_gaps_of_three_tenths_are_still_measured():
+    grid = centred((SIDE, SIDE, 28), (1.0, 1.0, 7.0))
+    assert measurable(from_header(grid, np.eye(4), 5.0))  # a gap of 2 mm
+    assert not measurable(from_header(grid, np.eye(4), 4.8))
 
 
 def test_what_is_used_lies_between_header_and_measurement(texture):

@@ -314,11 +314,12 @@ class DescribeNative(SimpleInterface):
 
 class _DropSlicesInputSpec(BaseInterfaceInputSpec):
     in_file = File(exists=True, mandatory=True, desc="image on its native grid")
+    thickness = traits.Float(desc="of its slices, mm, where a sidecar tells it")
 
 
 class _DropSlicesOutputSpec(TraitedSpec):
     out_file = File(exists=True, desc="every second slice of it")
-    spacing = traits.Float(desc="of the slices before, mm")
+    thickness = traits.Float(desc="of the slices that are left, mm: at most their spacing before")
 
 
 class DropSlices(SimpleInterface):
@@ -337,7 +338,11 @@ class DropSlices(SimpleInterface):
         data = load(self.inputs.in_file)
         grid = Grid(data.shape, image.affine)
         axis = slice_axis(grid)
-        self._results["spacing"] = float(grid.voxel_sizes[axis])
+        # Of slices that overlapped only the spacing counted, and that slices are missing does not
+        # make the others thicker.
+        spacing = float(grid.voxel_sizes[axis])
+        told = self.inputs.thickness
+        self._results["thickness"] = min(told, spacing) if isdefined(told) else spacing
         keep = [slice(None)] * 3
         keep[axis] = slice(None, None, 2)
         affine = image.affine.copy()

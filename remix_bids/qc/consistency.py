@@ -201,7 +201,8 @@ def check(
 
 def windowed_mean(values: np.ndarray, where: np.ndarray, grid: Grid) -> np.ndarray:
     """Mean over the voxels of ``where`` in a cube of `WINDOW` mm around each; NaN elsewhere."""
-    size = [2 * max(0, round((WINDOW / s - 1) / 2)) + 1 for s in grid.voxel_sizes]
+    sizes = grid.voxel_sizes.round(3)  # those of a turned affine are not quite what they were
+    size = [2 * max(0, round((WINDOW / s - 1) / 2)) + 1 for s in sizes]
     total = uniform_filter(np.where(where, values, 0).astype(np.float64), size, mode="constant")
     share = uniform_filter(where.astype(np.float64), size, mode="constant")
     mean = total / np.maximum(share, 1e-9)

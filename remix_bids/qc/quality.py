@@ -35,11 +35,20 @@ _MAD_TO_SIGMA = 1.4826
 
 @dataclass(frozen=True)
 class Tissues:
-    """Voxels that surely are of one class, bool (x, y, z): the rims are taken off."""
+    """Three classes of the brain.
+
+    Attributes
+    ----------
+    csf, grey, white : (x, y, z) bool array
+        Voxels that surely are of one class: the rims are taken off.
+    dark : float
+        Intensity below which a voxel is CSF.
+    """
 
     csf: np.ndarray
     grey: np.ndarray
     white: np.ndarray
+    dark: float
 
 
 def find_tissues(image: np.ndarray, brain: np.ndarray) -> Tissues | None:
@@ -74,7 +83,8 @@ def find_tissues(image: np.ndarray, brain: np.ndarray) -> Tissues | None:
     csf_core, grey_core, white_core = (binary_erosion(c) for c in classes)
     if min(grey_core.sum(), white_core.sum()) < FEWEST:  # scattered voxels are no tissue
         return None
-    return Tissues(csf_core if csf_core.sum() >= FEWEST else classes[0], grey_core, white_core)
+    csf = csf_core if csf_core.sum() >= FEWEST else classes[0]
+    return Tissues(csf, grey_core, white_core, dark)
 
 
 def _thresholds(image: np.ndarray, brain: np.ndarray) -> tuple[float, float, float] | None:
@@ -87,7 +97,10 @@ def _thresholds(image: np.ndarray, brain: np.ndarray) -> tuple[float, float, flo
     low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
     if not high > low:
         return None
-    dark, bright = threshold_multiotsu(np.clip(values, low, high), classes=3, nbins=128)
+    try:
+        dark, bright = threshold_multiotsu(np.clip(values, low, high), classes=3, nbins=128)
+    except ValueError:  # fewer than three different values
+        return None
     return float(dark), float(bright), high
 
 
@@ -214,14 +227,8 @@ def image_quality(
     out["noise"] = float(100 * sigma / white) if white > 0 else None
     out["snr"] = float(white / image[tissues.white].std()) if image[tissues.white].std() else None
     out["cnr"] = float((white - grey) / spread) if spread > 0 else None
-    out["brain_volume"] = tissue_volume(image, brain) * determinant
+    out["brain_volume"] = float((image[brain] >= tissues.dark).sum()) * determinant
     return out
-
-
-def tissue_volume(image: np.ndarray, brain: np.ndarray) -> float:
-    """Voxels of the brain that are brighter than CSF, in mm3 of the grid of 1 mm."""
-    limits = _thresholds(image, brain)
-    return float((image[brain] >= limits[0]).sum()) if limits else 0.0
 
 
 def residual_energy(before: np.ndarray, after: np.ndarray, brain: np.ndarray) -> float:

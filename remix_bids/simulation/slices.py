@@ -17,6 +17,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from remix_bids.simulation.acquisition import (
     BRAIN_CENTRE,
+    WIDTH_FACTOR,
     Acquisition,
     from_header,
     slice_axis,
@@ -72,7 +73,8 @@ def measurable(told: Acquisition) -> bool:
     sizes = np.sort(told.grid.voxel_sizes)
     # A header that says 1 x 1 x 2 mm may mean a little less.
     stands_out = sizes[2] > 0.99 * _STANDS_OUT * max(sizes[1], 1.0)
-    return bool(stands_out and width_of_slices(told) > (1 - _MOST_GAP) * sizes[2])
+    thinnest = (1 - _MOST_GAP) * WIDTH_FACTOR * sizes[2]
+    return bool(stands_out and width_of_slices(told) > thinnest)
 
 
 def _inside_brain(acquisition: Acquisition) -> np.ndarray:

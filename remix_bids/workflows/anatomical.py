@@ -404,17 +404,14 @@ def init_leave_out_wf(
         to_mni.inputs.template_mask = compare.inputs.template_mask = str(template.brain_mask)
     workflow = Workflow(name=name)
     if slice_thickness is not None:
-        to_mni.inputs.slice_thickness = compare.inputs.thickness = slice_thickness
-        enforce.inputs.thickness = slice_thickness
-    else:  # that slices are missing does not make the others thicker
-        workflow.connect(drop, "spacing", to_mni, "slice_thickness")
-        workflow.connect(drop, "spacing", enforce, "thickness")
+        drop.inputs.thickness = compare.inputs.thickness = slice_thickness
     workflow.connect(
         [
             (inputnode, drop, [("native", "in_file")]),
             (inputnode, to_mni, [("transform", "transform")]),
             (inputnode, compare, [("native", "native"), ("transform", "transform")]),
-            (drop, to_mni, [("out_file", "in_file")]),
+            (drop, to_mni, [("out_file", "in_file"), ("thickness", "slice_thickness")]),
+            (drop, enforce, [("thickness", "thickness")]),
             (drop, select_expert, [("out_file", "in_file")]),
             (drop, compare, [("out_file", "kept")]),
             (
