@@ -185,6 +185,11 @@ def test_geometries_come_from_the_bank_that_is_named(tmp_path):
         cases(people(1), protocol(), [3], [0.0], none)[0].acquisition()
 
 
+def test_what_is_asked_for_twice_is_measured_once():
+    twice = cases(people(), protocol(), [4, 4], [0, 0.0])
+    assert [c.key for c in twice] == [c.key for c in cases(people(), protocol(), [4], [0.0])]
+
+
 def test_choices_are_made_on_other_acquisitions_than_those_reported():
     told = cases(people(), protocol(), range(1, 8), [0.02])
     chosen = [replace(person, split="validation") for person in people()]
@@ -552,6 +557,17 @@ def test_claims_hold_where_they_hold():
     # But not one for whom none was drawn, as of an image too coarse for the class.
     fine = [row | {"drawn": 2, "class": 2} for row in rows() if row["person"] != "p0"]
     assert held(claims.claims([*rows(), *fine]), "linear and cubic in psnr") == ("2 of 2", True)
+    # In a class for which any image will do, one of whom there are rows of others only is missed.
+    coarse = [row for row in rows() if row["person"] != "p0"]
+    fine = [row | {"drawn": 2, "class": 2} for row in rows()]
+    lacking = "2 of 2; class 4 lacks 1 person"
+    assert held(claims.claims([*coarse, *fine]), "linear and cubic in psnr") == (lacking, False)
+    # Nor does anything hold that cannot be told, whoever comes first.
+    for order in (1, -1):
+        unknown = [row | {"psnr": float("nan") if row["person"] == "p0" else row["psnr"]}
+                   for row in rows()[::order]]  # fmt: skip
+        told = held(claims.claims(unknown), "linear and cubic in psnr")
+        assert told == ("0 of 1, not 4", False)
     other = [row | {"class": 4 if row["person"] != "p0" else 1} for row in rows()]
     lacking = "1 of 1; class 4 lacks 1 person"
     assert held(claims.claims(other), "linear and cubic in psnr") == (lacking, False)

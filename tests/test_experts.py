@@ -190,6 +190,15 @@ def test_a_missing_table_and_a_missing_file_are_told(tmp_path):
         expert_file(tmp_path, path=tmp_path / "gone").check()
 
 
+@pytest.mark.parametrize(
+    "text", ["[[expert]]", "expert = 5", 'expert = "a"', '[expert]\n5 = "a"', "[expert.5]"]
+)
+def test_a_table_of_another_form_is_told(tmp_path, text):
+    (tmp_path / "experts.toml").write_text(text)
+    with pytest.raises(MissingResourceError, match=r"experts\.toml cannot be read"):
+        load_registry(tmp_path)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "expert.safetensors"
     path.write_bytes(b"not weights")
@@ -211,6 +220,7 @@ def test_intensities_stay_the_scanners(tmp_path):
         out = enhance(estimate(scaled, covered), record)
         np.testing.assert_allclose(out, image * factor * covered, rtol=1e-4)
         assert out.dtype == np.float32
+    assert not torch.backends.cudnn.allow_tf32  # a GPU computes what the reference tells
     offset = ((image - 1000) * covered).astype(np.float32)  # no magnitude, but nothing is cut off
     np.testing.assert_allclose(enhance(estimate(offset, covered), record), offset, atol=0.5)
 

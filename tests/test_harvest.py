@@ -224,7 +224,9 @@ def test_a_header_against_its_sidecar(tmp_path, caplog):
     assert "the header counts" in caplog.text
 
 
-@pytest.mark.parametrize("told", ["Infinity", "1e400", "NaN", "0.00001", "-3", '"5"', "true", "[5]"])
+@pytest.mark.parametrize(
+    "told", ["Infinity", "1e400", "NaN", "0.00001", "-3", '"5"', "true", "[5]"]
+)
 def test_what_is_no_thickness_is_none(tmp_path, told):
     root = make_dataset(tmp_path / "bids", [])
     scan(root / "sub-1" / "anat" / "sub-1_T1w.nii.gz", sizes=(1.0, 1.0, 5.0))

@@ -269,6 +269,8 @@ def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
     assert not (tmp_path / "plain.md").exists()
     parts = [str(tmp_path / "plain.tsv"), str(tmp_path / "networks.tsv")]
     assert main(["table", str(tmp_path / "joined"), *parts]) == 0
+    assert main(["table", str(tmp_path / "v1.2"), str(tmp_path / "whole.tsv")]) == 0
+    assert (tmp_path / "v1.2.md").read_text() == (tmp_path / "whole.md").read_text()
     for kind in ("tsv", "md"):
         joined, whole = (tmp_path / f"{name}.{kind}" for name in ("joined", "whole"))
         assert joined.read_text() == whole.read_text()

@@ -142,6 +142,10 @@ def test_what_a_command_prints_and_writes_is_no_riddle(tmp_path):
         result("data[0]")
     with pytest.raises(RemixError, match="no finite number"):
         result("data * np.nan")
+    with script.open("a") as file:
+        file.write("import os; os.truncate(sys.argv[2], os.path.getsize(sys.argv[2]) - 100)\n")
+    with pytest.raises(RemixError, match="ended before"):
+        run_command(f"{sys.executable} {script} {{input}} {{output}}", image, GRID)
 
 
 @pytest.mark.parametrize("most", [3, 4, 6, 30])

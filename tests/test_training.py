@@ -386,6 +386,7 @@ def test_training_resumes_to_the_step_and_repeats(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     with (stopped / "log.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "5", "10", "15", "20"]
+    assert (stopped / "log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
 
 
 def test_little_is_lost_between_validations(tmp_path, monkeypatch):
@@ -399,6 +400,7 @@ def test_little_is_lost_between_validations(tmp_path, monkeypatch):
     assert kept["step"] == 8
     resumed = run(tmp_path / "stopped", 20, 20, checkpoint_every=4)
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert (tmp_path / "stopped/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
 
 
 def test_moments_lie_as_their_weights_do_after_a_pause(tmp_path):
@@ -571,7 +573,7 @@ def test_stages_take_their_width_from_their_start_and_their_patches_from_the_rec
         assert read_metadata(out / name / "checkpoint.safetensors", "progress")["step"] == 1
 
 
-def test_export_goes_by_the_recipe_of_the_training(tmp_path):
+def test_export_goes_by_the_recipe_of_the_training(tmp_path, capsys):
     out = tmp_path / "out"
     for name in (*EXPERTS, "general"):
         (out / name).mkdir(parents=True)
@@ -581,6 +583,10 @@ def test_export_goes_by_the_recipe_of_the_training(tmp_path):
     assert main(["export", str(out), str(tmp_path / "experts")]) == 0
     experts = load_registry(tmp_path / "experts")
     assert [experts[name].consistency_steps for name in ("1", "2", "7")] == [3, 0, 4]
+    (out / "recipe.toml").write_text("[consistency]\nsteps = [3, 0, 4]\n")
+    assert main(["export", str(out), str(tmp_path / "none")]) == 2
+    assert "steps of 3 experts" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_stage_begins_with_the_mean_of_several(prepared, tmp_path):
@@ -635,6 +641,7 @@ def test_a_mistake_in_a_recipe_is_told_and_not_copied(prepared, tmp_path, capsys
     for wrong, said in (
         ("[", "recipe.toml: "),
         (text.replace("[data]", "[date]"), r"lacks \[data\]"),
+        (text.replace("cube = ", "cubes = "), r"\[data\] lacks cube"),
         (text + "\n[stages.6]\nsteps = 1\nstep = 2\n", "has no setting step; there are batch, "),
         (text + "\n[stages.mine]\nsteps = 1\n", "stage 'mine' lacks its classes"),
     ):

@@ -159,6 +159,12 @@ def verify(args: argparse.Namespace) -> None:
         raise MissingResourceError(f"{len(findings) - len(good)} of {len(findings)} experts failed")
 
 
+def _beside(path: Path, suffix: str) -> Path:
+    """Where a table goes that belongs to ``path``; of a name like ``v1.2`` nothing is cut off."""
+    stem = path.stem if path.suffix in (".tsv", ".md", ".svg") else path.name
+    return path.with_name(stem + suffix)
+
+
 def write_tables(rows: list[dict], path: Path) -> None:
     """Write tables (.md) and plot (.svg) of an evaluation beside ``path``; print the tables."""
     from remix_bids.evaluation import claims, table
@@ -166,8 +172,8 @@ def write_tables(rows: list[dict], path: Path) -> None:
 
     tables = claims.to_markdown(rows) + "\n" + table.to_markdown(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".md").write_text(tables + "\n")
-    plot(rows, path.with_suffix(".svg"))
+    _beside(path, ".md").write_text(tables + "\n")
+    plot(rows, _beside(path, ".svg"))
     print(tables)
 
 
@@ -179,7 +185,7 @@ def table(args: argparse.Namespace) -> None:
     for path in args.rows:
         if not path.is_file():
             raise UsageError(f"{path} is no file; name TSV files that evaluate has written")
-    tables, target = [read_rows(path) for path in args.rows], args.output.with_suffix(".tsv")
+    tables, target = [read_rows(path) for path in args.rows], _beside(args.output, ".tsv")
     for path, rows in zip(args.rows, tables, strict=True):
         if rows and (lacking := [column for column in COLUMNS if column not in rows[0]]):
             raise UsageError(f"{path} lacks {', '.join(lacking)}: evaluate writes these columns")
@@ -335,7 +341,7 @@ def _protocol_and_persons(args: argparse.Namespace) -> tuple[dict, list]:
 
 
 def _write_table(args: argparse.Namespace, table: str) -> None:
-    args.output.with_suffix(".md").write_text(table + "\n")
+    _beside(args.output, ".md").write_text(table + "\n")
     print(table)
 
 

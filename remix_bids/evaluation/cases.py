@@ -117,12 +117,12 @@ def cases(
         return Case(person, k, kind, j, seed, sigma, bank)
 
     return [
-        case(person, i, k, j, float(sigma))
-        for k in classes
+        case(person, i, k, j, sigma)
+        for k in dict.fromkeys(classes)
         for i, person in enumerate(persons)
         if person.serves(k)
         for j in range(protocol["geometries_per_person"])
-        for sigma in noise
+        for sigma in dict.fromkeys(map(float, noise))
     ]
 
 

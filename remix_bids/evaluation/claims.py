@@ -19,6 +19,7 @@ from remix_bids.evaluation.table import (
     with_metric,
 )
 from remix_bids.experts.registry import GENERAL
+from remix_bids.training.dataset import COARSE_CLASSES
 
 TIE = 0.05  # dB; smaller differences are ties
 DICE_TIE = 0.002  # likewise: several times what a segmenter differs by from run to run
@@ -46,7 +47,7 @@ def _where(holds: Callable[[int], bool], classes: Sequence[int]) -> tuple[str, b
 
 def _better(rows: Sequence[dict], metric: str, bases: Sequence[str], k: int) -> bool:
     """All persons better than every base; then the bootstrap interval is above 0, too."""
-    return all(min(paired_gain(rows, metric, base, k)) > 0 for base in bases)
+    return all(gain > 0 for base in bases for gain in paired_gain(rows, metric, base, k))
 
 
 def _persons(rows: Sequence[dict], k: int) -> set[str]:
@@ -54,9 +55,11 @@ def _persons(rows: Sequence[dict], k: int) -> set[str]:
 
 
 def _lacking(rows: Sequence[dict], k: int) -> int:
-    """Persons without a scan in a class, but for those whose image is too coarse to draw one."""
+    """Persons without a scan in a class, but for those whose image is too coarse for it."""
+    everybody = {row["person"] for row in rows}
     drawn = {row["person"] for row in rows if int(row["drawn"]) == k}
-    return len((drawn or {row["person"] for row in rows}) - _persons(rows, k))
+    asked = everybody if k in COARSE_CLASSES or not drawn else drawn
+    return len(asked - _persons(rows, k))
 
 
 def _with_all(found: tuple[str, bool], lacking: dict[int, int]) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 import nibabel as nb
@@ -83,5 +84,5 @@ def run_command(
                 raise RemixError(f"{template!r} wrote voxels that are no finite number")
             data = np.rint(data) if np.issubdtype(dtype, np.integer) else data
             return data.astype(dtype), Grid((x, y, z), result.affine)
-        except (OSError, ImageFileError, ValueError) as error:
+        except (OSError, EOFError, zlib.error, ImageFileError, ValueError) as error:
             raise RemixError(f"{template!r}: {error}") from error

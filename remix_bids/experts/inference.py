@@ -147,6 +147,8 @@ def enhance(
     except ValueError as error:
         raise InputImageError(str(error)) from error
     inputs, scan = network_input(low, scale)
+    # Else a GPU rounds to TF32, which is not what `remix_bids.experts.reference` has compared.
+    torch.backends.cudnn.allow_tf32 = False
     output = predict(network.to(device), inputs.to(device), scan.to(device)).cpu()
     output = slices_last(output, low.sampling.axis) * scale
     if low.image.min() >= 0:

@@ -163,7 +163,7 @@ def load_registry(directory: Path | None = None) -> Registry:
             ExpertRecord(
                 name=name,
                 path=Path(directory) / row["file"],
-                sha256=row["sha256"],
+                sha256=str(row["sha256"]),
                 lower=float(row["lower"]),
                 upper=float(row["upper"]),
                 anisotropy=tuple(row.get("anisotropy", (1.0, 9.0))),
@@ -172,5 +172,5 @@ def load_registry(directory: Path | None = None) -> Registry:
             )
             for name, row in rows.items()
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MissingResourceError(f"{table} cannot be read: {error}") from error

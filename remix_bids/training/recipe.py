@@ -37,6 +37,12 @@ from remix_bids.training.trainer import (
 )
 
 LOGGER = logging.getLogger(__name__)
+SETTINGS = {
+    "network": ("inputs", "widths"),
+    "data": ("patch", "cube", "patches_per_volume", "head_share", "own_share", "seed"),
+    "consistency": ("steps",),
+}
+"""What sections of a recipe must hold."""
 NOT_OF_SCHEDULE = ("start", "classes", "calibrate", "widths", "patches_per_volume")
 
 
@@ -51,11 +57,14 @@ def read_recipe(path: Path, *sections: str) -> dict[str, Any]:
     Raises
     ------
     UsageError
-        It cannot be read, lacks a section, or a stage has a setting that there is not.
+        It cannot be read, lacks a section or a setting, or a stage has one that there is not.
     """
     recipe = read_toml(path, "the recipe")
     if lacking := [name for name in sections if name not in recipe]:
         raise UsageError(f"the recipe {path} lacks [{'], ['.join(lacking)}]")
+    for section in sections:
+        if lacking := [key for key in SETTINGS.get(section, ()) if key not in recipe[section]]:
+            raise UsageError(f"the recipe {path}: [{section}] lacks {', '.join(lacking)}")
     known = {*NOT_OF_SCHEDULE, *(field.name for field in fields(Schedule))} - {"workers"}
     for stage, settings in recipe.get("stages", {}).items():
         if unknown := sorted({*settings} - known):
@@ -322,8 +331,11 @@ def export_experts(trained: Path, output: Path, steps: Sequence[int] = (0,) * 7)
     Raises
     ------
     UsageError
-        If one of them has not been trained; nothing is written.
+        If one of them has not been trained, or it is not told how many steps follow each; nothing
+        is written.
     """
+    if len(steps) != len(EXPERTS):
+        raise UsageError(f"consistency steps of {len(steps)} experts: name those of {len(EXPERTS)}")
     names = (*EXPERTS, GENERAL)
     if lacking := [n for n in names if not (trained / n / "best.safetensors").is_file()]:
         raise UsageError(f"{trained} lacks the stages {', '.join(lacking)}: train them first")

@@ -232,6 +232,9 @@ class State:
         self.step = 0
         self.loss: RemixLoss | None = None
         self.best = -math.inf
+        # Loss and its parts since the last validation, and steps: a GPU need not be waited for.
+        self.sums = torch.zeros(1 + len(PARTS), device=device)
+        self.summed = 0
 
     def save(self, path: Path) -> None:
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
@@ -243,6 +246,8 @@ class State:
             "step": self.step,
             "factors": self.loss.factors,
             "best": self.best,
+            "sums": self.sums.tolist(),
+            "summed": self.summed,
             **self.division,
         }
         part = path.with_suffix(".part")
@@ -273,6 +278,8 @@ class State:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
         self.step, self.best = progress["step"], progress["best"]
+        if "sums" in progress:
+            self.sums, self.summed = self.sums.new_tensor(progress["sums"]), progress["summed"]
         self.loss = RemixLoss(tuple(progress["factors"]))
 
 
@@ -377,7 +384,6 @@ def train(
             if team.LEADS:  # what a stage begins with may be better than all that follows
                 validate(0.0, [math.nan] * (1 + len(PARTS)))
                 state.save(checkpoint)
-        recent: list[Tensor] = []  # read at validation: until then a GPU need not be waited for
         quiet = not (progress and team.LEADS)
         bar = tqdm(total=schedule.steps, initial=state.step, desc=folder.name, disable=quiet)
         for batch in islice(stream, schedule.steps - state.step):
@@ -398,13 +404,13 @@ def train(
                 state.average.parameters(), state.network.parameters(), strict=True
             ):
                 mean.lerp_(value.detach(), 1 - keep)
-            if team.LEADS:
-                recent.append(torch.stack([total.detach(), *parts.detach().mean(dim=1)]))
+            state.sums += torch.stack([total.detach(), *parts.detach().mean(dim=1)])
+            state.summed += 1
             bar.update()
             due = state.step % schedule.validate_every == 0 or state.step == schedule.steps
             if due and team.LEADS:
-                gain = validate(rate, torch.stack(recent).mean(dim=0).tolist())
-                recent = []
+                gain = validate(rate, (state.sums / state.summed).tolist())
+                state.sums, state.summed = torch.zeros_like(state.sums), 0
                 bar.set_postfix(gain=f"{gain:.2f} dB")
             if team.LEADS and (due or state.step % schedule.checkpoint_every == 0):
                 if not all(p.isfinite().all() for p in state.network.parameters()):
