@@ -20,7 +20,7 @@ import torch
 from remix_bids.evaluation.restore import see
 from remix_bids.simulation.acquisition import draw, from_header, geometries, slice_axis
 from remix_bids.simulation.slices import (
-    EXPECTED,
+    expected_width,
     from_scan,
     measure_slices,
     true_width,
@@ -45,7 +45,7 @@ def errors(person: Person, klass: int, noise: float, seed: tuple[int, ...]) -> l
     if measured is None:
         return None
     used = width_of_slices(from_scan(native, grid, world, thickness))
-    expected = EXPECTED * width_of_slices(told)
+    expected = expected_width(told)
     true = true_width(acquisition)
     spacing = float(grid.voxel_sizes[slice_axis(grid)])
     return [spacing, expected - true, measured - true, used - true]

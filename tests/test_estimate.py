@@ -1,5 +1,7 @@
 """The linear estimate that feeds the network, by identities and known answers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,29 @@ def test_covariance_falls_off_and_blur_lowers_it():
     assert sharp[0] == pytest.approx(1)
     assert (np.diff(sharp) < 0).all()
     assert blurred[0] < sharp[0]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_scan_that_is_stored_the_other_way_round_is_estimated_alike(texture, axis):
+    acquisition = thick(spacing=3.7)
+    native = acquire(texture, acquisition, GRID)
+    grid = acquisition.grid
+    mirrored = np.eye(4)
+    mirrored[axis, axis], mirrored[axis, 3] = -1, grid.shape[axis] - 1
+    other = replace(acquisition, grid=Grid(grid.shape, grid.affine @ mirrored))
+    one = estimate_image(native, acquisition, GRID)
+    two = estimate_image(native.flip(axis), other, GRID)
+    assert float((one - two).abs().max()) < 1e-4
+
+
+def test_a_part_is_estimated_as_the_whole_is(texture):
+    acquisition = thick(spacing=3.7)
+    native = acquire(texture, acquisition, GRID)
+    shift = np.eye(4)
+    shift[:3, 3] = 7, 5, 9
+    part = estimate_image(native, acquisition, Grid((20, 20, 20), GRID.affine @ shift))
+    whole = estimate_image(native, acquisition, GRID)[7:27, 5:25, 9:29]
+    assert float((part - whole).abs().max()) < 1e-4
 
 
 def test_the_estimate_predicts_its_own_measurements(texture):

@@ -30,7 +30,7 @@ from remix_bids.evaluation.metrics import (
 )
 from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.rows import finished, joined, read_rows, write_rows
-from remix_bids.evaluation.run import evaluate
+from remix_bids.evaluation.run import _measure, evaluate
 from remix_bids.evaluation.settings import METHODS, Settings
 from remix_bids.evaluation.table import (
     SHIPS,
@@ -83,6 +83,18 @@ def test_correlation_and_ssim_of_equals():
     assert ssim(image, image, mask) == pytest.approx(1)
     noisy = image + 0.2 * torch.rand(20, 20, 20, generator=torch.Generator().manual_seed(0))
     assert ssim(noisy, image, mask) < 0.999
+
+
+def test_what_was_not_covered_costs_a_perfect_image_nothing():
+    truth = smooth_image((24, 24, 24)) + 1
+    covered = torch.ones(24, 24, 24, dtype=torch.bool)
+    covered[:, :, :8] = False
+    brain = eroded(covered, 2)
+    image = truth * covered
+    masks = brain, covered, torch.zeros_like(brain)
+    found = _measure(people(1)[0], image, truth, masks, Grid((24, 24, 24), np.eye(4)), None, False)
+    assert found["ssim"] == found["correlation"] == 1
+    assert found["psnr"] == np.inf
 
 
 def test_matching_undoes_gain_and_offset():

@@ -1,5 +1,6 @@
 """The width of slices, found in scans whose width is known."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -9,14 +10,17 @@ import torch
 from remix_bids.simulation.acquisition import (
     BRAIN_CENTRE,
     Acquisition,
+    coarsest_axes,
+    draw,
     from_header,
+    geometries,
     turn_about,
 )
 from remix_bids.simulation.degrade import acquire, add_rician_noise
 from remix_bids.simulation.slices import (
     ERROR_MM,
-    EXPECTED,
     as_if_measured,
+    expected_width,
     from_scan,
     measurable,
     measure_slices,
@@ -124,7 +128,7 @@ def test_where_nothing_can_be_measured_the_header_tells(texture, what):
     told = from_header(acquisition.grid, world, thickness)
     assert measure_slices(native, told) is None
     found = from_scan(native, acquisition.grid, world, thickness)
-    assert width_of_slices(found) == pytest.approx(EXPECTED * width_of_slices(told))
+    assert width_of_slices(found) == pytest.approx(expected_width(told))
     assert found.widths[:2] == told.widths[:2]
 
 
@@ -140,7 +144,7 @@ def test_what_is_used_lies_between_header_and_measurement(texture):
     told = header(acquisition)
     measured = measure_slices(native, told)
     used = width_of_slices(from_scan(native, acquisition.grid, acquisition.world))
-    assert measured < used < EXPECTED * width_of_slices(told)
+    assert measured < used < expected_width(told)
 
 
 @pytest.mark.parametrize(("wrong", "least", "most"), [(8.0, 1.1, 1.2), (0.1, 0.5, 0.6)])
@@ -170,16 +174,57 @@ def test_how_an_array_is_stored_tells_nothing_of_slices(sizes):
             np.testing.assert_allclose(turned, straight, rtol=1e-6)
 
 
+def test_what_is_expected_is_what_slices_have_in_the_mean():
+    """Of the scans that training draws: thin slices, thick ones, voxels as long along all axes."""
+    rng, bank = np.random.default_rng(0), geometries(held_out=False)
+    found = {"one size": [], "thin": [], "thick": []}
+    for k in (2, 3, 4, 6) * 150:
+        true = draw(rng, bank, [np.eye(4)], k)
+        told = from_header(true.grid, true.world, true.thickness)
+        spacing = max(true.grid.voxel_sizes)
+        kind = "thick" if spacing > 3 else "thin"
+        if len(coarsest_axes(true.grid)) == 3:
+            # Along each axis alike: boxes lie along one of them.
+            kind, widths = "one size", np.array(true.widths)
+            along = int(np.argmax(true.box)) if any(true.box) else 0
+            widths[along] = true_width(replace(true, grid=only(along, true.grid)))
+            ratio = widths.mean() / width_of_slices(told)
+        else:
+            ratio = true_width(true) / width_of_slices(told)
+        found[kind].append(ratio / (expected_width(told) / width_of_slices(told)))
+    for kind, ratios in found.items():
+        assert len(ratios) > 50
+        assert np.mean(ratios) == pytest.approx(1, abs=0.04), kind
+
+
+def only(axis, grid):
+    """The same voxels, a little coarser along one axis."""
+    affine = grid.affine.copy()
+    affine[:3, axis] *= 1.01
+    return Grid(grid.shape, affine)
+
+
+@pytest.mark.parametrize(("sizes", "axes"), [((2.0, 2.0, 2.0), 3), ((1.0, 2.0, 2.0), 2)])
+def test_axes_that_are_as_coarse_are_told_alike(sizes, axes):
+    grid = centred((40, 40, 40), sizes)
+    told = from_header(grid, np.eye(4))
+    widths = np.sort(from_scan(np.ones(grid.shape, np.float32), grid, np.eye(4)).widths)
+    np.testing.assert_allclose(widths[-axes:], expected_width(told))
+    one = expected_width(from_header(centred((40, 40, 40), (1.0, 1.0, 2.0)), np.eye(4)))
+    header = width_of_slices(told)
+    assert header - expected_width(told) == pytest.approx((header - one) / axes)
+
+
 def test_training_errs_as_measurements_do():
     rng = np.random.default_rng(0)
     true = stacked(6.0, box=True, spacing=6.0)
     told = header(true)
     widths = [width_of_slices(as_if_measured(rng, told, true)) for _ in range(500)]
-    expected = EXPECTED * width_of_slices(told)
+    expected = expected_width(told)
     assert true_width(true) < np.mean(widths) < 0.3 * expected + 0.7 * true_width(true)
     assert 0.7 * ERROR_MM < np.std(widths) < ERROR_MM
     # Where slices do not stand out there is no measurement, so nothing is drawn.
     thin = stacked(1.9, spacing=1.9)
     assert width_of_slices(as_if_measured(rng, header(thin), thin)) == pytest.approx(
-        EXPECTED * width_of_slices(header(thin))
+        expected_width(header(thin))
     )

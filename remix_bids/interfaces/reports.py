@@ -340,8 +340,6 @@ class Summarize(SimpleInterface):
 
 def summary_html(source: str, sidecar: dict[str, Any]) -> str:
     """What a person wants to know first, as an HTML fragment."""
-    from remix_bids.simulation.slices import EXPECTED
-
     expert = sidecar["Expert"]
     digest = sidecar.get("ExpertSHA256", "")
     volume = f"{sidecar['EffectiveVoxelVolume']:g} mm3 effective"
@@ -353,8 +351,8 @@ def summary_html(source: str, sidecar: dict[str, Any]) -> str:
     if expert == NO_EXPERT:
         why = "all voxel sides are near 1 mm, nothing is to be gained; a resampled copy"
     slices = (
-        f"taken to be {EXPECTED:g} times as wide as header and sidecar make likely; too thin to be "
-        "measured, or too far apart, or too few"
+        "taken to blur as much as lies between a Gaussian and a box of the width that header and "
+        "sidecar make likely; too thin to be measured, or too far apart, or too few"
     )
     if "SliceProfileWidth" in sidecar:
         width = sidecar["SliceProfileWidth"]

@@ -125,6 +125,11 @@ def slice_axis(grid: Grid) -> int:
     return int(max(_coarsest(sizes), key=lambda axis: nearest[axis]))
 
 
+def coarsest_axes(grid: Grid) -> tuple[int, ...]:
+    """Array axes that are as coarse as the coarsest one."""
+    return tuple(map(int, _coarsest(grid.voxel_sizes)))
+
+
 def _coarsest(sizes: np.ndarray) -> np.ndarray:
     return np.flatnonzero(sizes > (1 - 1e-3) * sizes.max())
 

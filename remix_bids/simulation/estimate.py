@@ -105,10 +105,13 @@ def estimate_image(native: Tensor, acquisition: Acquisition, grid: Grid = WORKIN
     table, to_nodes = native, np.eye(4)
     for axis, spacing in enumerate(acquisition.grid.voxel_sizes):
         n = native.shape[axis]
-        # Half a voxel beyond the first and last sample is still covered.
-        low = np.clip(reached[:, axis].min(), -0.5, n - 1) * spacing
-        high = np.clip(reached[:, axis].max(), 0, n - 0.5) * spacing
-        nodes = max(2, int(np.ceil((high - low) / _NODE_MM)) + 1)
+        # Half a voxel beyond the first and last sample is still covered. Nodes lie around the
+        # middle of the axis: a scan that is stored the other way round has the same ones.
+        middle = (n - 1) / 2 * spacing
+        first = np.clip(reached[:, axis].min(), -0.5, n - 1) * spacing - middle
+        last = np.clip(reached[:, axis].max(), 0, n - 0.5) * spacing - middle
+        steps = math.floor(first / _NODE_MM), math.ceil(last / _NODE_MM)
+        low, nodes = middle + steps[0] * _NODE_MM, max(2, steps[1] - steps[0] + 1)
         matrix = _table_matrix(n, float(spacing), acquisition.widths[axis], float(low), nodes)
         table = along_axis(torch.as_tensor(matrix, dtype=native.dtype).to(native), table, axis)
         to_nodes[axis, axis], to_nodes[axis, 3] = spacing / _NODE_MM, -low / _NODE_MM

@@ -19,6 +19,7 @@ from remix_bids.simulation.acquisition import (
     BRAIN_CENTRE,
     WIDTH_FACTOR,
     Acquisition,
+    coarsest_axes,
     from_header,
     slice_axis,
 )
@@ -27,8 +28,6 @@ from remix_bids.spatial import Grid
 
 # Chosen by hand on simulated scans of training persons; `benchmarks/slices.py` prints what errors
 # they leave. Ratios are widths over the width that a header makes likely (`from_header`).
-EXPECTED = 0.87
-"""Ratio that is expected: between the Gaussian and the box that slices may be."""
 _SPREAD = 0.16  # standard deviation of the ratio
 # Hardly a slice that is simulated lies beyond. On real scans more than slices differs between the
 # axes (ghosts along one of them, interpolated matrices): what lies beyond is not the slices.
@@ -58,9 +57,14 @@ def _box_as_gaussian() -> float:
 
 def true_width(acquisition: Acquisition) -> float:
     """Width (FWHM, mm) of the Gaussian that blurs an image of 1 mm as much as a simulated slice."""
-    axis = slice_axis(acquisition.grid)
-    blur = kernel_width(width_of_slices(acquisition))
-    return float(np.hypot(1.0, blur * (_box_as_gaussian() if acquisition.box[axis] else 1.0)))
+    width = width_of_slices(acquisition)
+    box = acquisition.box[slice_axis(acquisition.grid)]
+    return _as_box(width) if box else float(np.hypot(1.0, kernel_width(width)))
+
+
+def _as_box(width: float) -> float:
+    """Width of the Gaussian that blurs an image of 1 mm as much as a box of this width."""
+    return float(np.hypot(1.0, kernel_width(width) * _box_as_gaussian()))
 
 
 def width_of_slices(acquisition: Acquisition) -> float:
@@ -173,16 +177,32 @@ def measure_slices(native: np.ndarray, told: Acquisition) -> float | None:
 
 
 def with_width(acquisition: Acquisition, width: float) -> Acquisition:
-    """An acquisition with another width (FWHM, mm) of its slices."""
+    """An acquisition with another width (FWHM, mm) of its slices.
+
+    Where axes are as coarse, along all of them: nothing tells which is that of the slices.
+    """
     widths = list(acquisition.widths)
-    widths[slice_axis(acquisition.grid)] = width
+    for axis in coarsest_axes(acquisition.grid):
+        widths[axis] = width
     return replace(acquisition, widths=(widths[0], widths[1], widths[2]))
+
+
+def expected_width(told: Acquisition) -> float:
+    """Width (FWHM, mm) that slices have in the mean where a header is all that is known.
+
+    Half of the slices are Gaussians as wide as the header makes likely, half are boxes, which blur
+    less, the more so the thicker they are; along each of several axes that are as coarse only as
+    often as the slices are stacked along it.
+    """
+    header = width_of_slices(told)
+    narrower = header - min(header, _as_box(header))
+    return header - narrower / 2 / len(coarsest_axes(told.grid))
 
 
 def weighed(measured: float | None, told: Acquisition) -> Acquisition:
     """What a header tells, its slices as wide as it and what was measured make likely."""
     header = width_of_slices(told)
-    width = EXPECTED * header
+    width = expected_width(told)
     if measured is not None:
         spread = (_SPREAD * header) ** 2
         width += spread / (spread + ERROR_MM**2) * (measured - width)
