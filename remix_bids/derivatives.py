@@ -20,12 +20,13 @@ IGNORED = ("**/figures", "**/log", "logs", "group_*", "*_xfm.*", "*_qc.json", "*
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all; leave an equal one alone."""
-    if path.is_file() and path.read_text() == text:
+    content = text.encode(errors="surrogateescape")
+    if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        part.write_text(text)
+        part.write_bytes(content)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -105,7 +106,8 @@ def _source(raw: dict[str, Any], bids_dir: Path) -> dict[str, str]:
 
 def _write_bidsignore(path: Path) -> None:
     """Add our lines to those that are there."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    # Somebody's own lines stay as they are, in whatever encoding.
+    lines = path.read_text(errors="surrogateescape").splitlines() if path.is_file() else []
     missing = [line for line in IGNORED if line not in lines]
     if missing:
         write_text(path, "\n".join([*lines, *missing]) + "\n")

@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from remix_bids.sidecars import forget_sidecars, positive, read_sidecars
 
 LOGGER = logging.getLogger("remix_bids")
 EXTENSIONS = (".nii", ".nii.gz")
+DATABASE = "layout_index.sqlite"
+"""What PyBIDS calls it."""
 OTHER_DATATYPES = "beh|dwi|eeg|emg|fmap|func|ieeg|meg|micr|motion|mrs|nirs|perf|pet"
 
 
@@ -163,23 +166,67 @@ def _layout(config: RunConfig, subjects: list[str]) -> Any:
         re.compile(r"/\.[^/]*(/|$)"),
         re.compile(rf"/sub-[^/]+/(ses-[^/]+/)?({OTHER_DATATYPES})(/|$)"),
     ]
+    others: set[str] = set()
     if config.participant_label and config.bids_database_dir is None:
         others = set(subjects) - set(config.participant_label)
-        # One pattern of thousands of names is slow; a set is looked up instead.
-        ignore.append(_OtherSubjects(others))
-    try:
+    closed = _closed_folders(root, sorted(set(subjects) - others))
+    for folder in closed:
+        LOGGER.warning("%s cannot be entered and is left out", root / folder)
+    # One pattern of thousands of names is slow; a set is looked up instead.
+    ignore.append(_Folders({*(f"sub-{label}" for label in others), *closed}))
+
+    def layout(database: Path | None) -> BIDSLayout:
         return BIDSLayout(
             root,
             validate=False,
             config=[_entities_below(root)],
-            database_path=config.bids_database_dir,
+            database_path=database,
             # Sidecars are read by `read_sidecars`.
             indexer=BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore),
         )
+
+    try:
+        if config.bids_database_dir is not None:
+            _make_database(config.bids_database_dir, layout)
+        return layout(config.bids_database_dir)
     except Exception as error:  # PyBIDS raises many kinds for a dataset it cannot read
         raise UsageError(
-            f"{config.bids_dir} cannot be read as a BIDS dataset: {type(error).__name__}: {error}"
+            f"{config.bids_dir} cannot be read as a BIDS dataset"
+            + (
+                f" by --bids-database-dir {config.bids_database_dir} (if others can read it, "
+                "remove that folder)"
+                if config.bids_database_dir is not None
+                else ""
+            )
+            + f": {type(error).__name__}: {error}"
         ) from error
+
+
+def _make_database(folder: Path, layout: Callable[[Path], Any]) -> None:
+    """Index a dataset, unless that is done: other runs see a whole index or none.
+
+    Runs that begin together may all make one; the last one stays.
+    """
+    if (folder / DATABASE).is_file():
+        return
+    part = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        layout(part)
+        os.replace(part / DATABASE, folder / DATABASE)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _closed_folders(root: Path, subjects: Sequence[str]) -> list[str]:
+    """Folders of subjects that this user may not enter, relative to the dataset."""
+    found, left = [], [root / f"sub-{label}" for label in subjects]
+    while left:
+        folder = left.pop()
+        if not os.access(folder, os.R_OK | os.X_OK):
+            found.append(folder.relative_to(root).as_posix())
+        elif folder.name.startswith(("sub-", "ses-")) and len(folder.relative_to(root).parts) < 3:
+            left += [entry for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(found)
 
 
 def _entities_below(root: Path) -> dict[str, Any]:
@@ -216,18 +263,19 @@ def _check_database(config: RunConfig, layout: Any, wanted: Sequence[str]) -> No
             "--bids-database-dir %s has no files of sub-%s; remove that folder if the dataset has "
             "changed since it was made",
             config.bids_database_dir,
-            ", sub-".join(lacking),
+            ", sub-".join(lacking[:20]) + (" ..." if len(lacking) > 20 else ""),
         )
 
 
-class _OtherSubjects:
-    """Stands in for a compiled pattern: matches the folders of subjects not asked for."""
+class _Folders:
+    """Stands in for a compiled pattern: matches folders, relative to the dataset, and all below."""
 
-    def __init__(self, labels: set[str]) -> None:
-        self._names = {f"sub-{label}" for label in labels}
+    def __init__(self, folders: set[str]) -> None:
+        self._folders = folders
 
     def search(self, path: str) -> bool:
-        return path.lstrip("/").split("/")[0] in self._names
+        parts = path.strip("/").split("/")[:3]
+        return any("/".join(parts[:n]) in self._folders for n in range(1, len(parts) + 1))
 
 
 def _translate(filters: dict[str, Any], layout: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ SPACES = (
     "MNI152NLin6Asym",
     "MNI152NLin6Sym",
 )
+_ARCHIVE = "https://templateflow.s3.amazonaws.com"
 _NILEARN_FILE = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 
 
@@ -37,6 +39,13 @@ class Template:
     t1w: Path
     brain_mask: Path | None
     skull_stripped: bool
+
+    @property
+    def address(self) -> str | None:
+        """Where anybody finds the T1w; None for the one that comes with nilearn."""
+        if self.space == NILEARN_SPACE:
+            return None
+        return f"{_ARCHIVE}/tpl-{self.space}/{self.t1w.name}"
 
 
 def templateflow_home() -> Path:
@@ -83,8 +92,9 @@ def _cached(space: str, stem: str) -> Path | None:
     folder = templateflow_home() / f"tpl-{space}"
     for resolution in ("01", "1"):
         path = folder / f"tpl-{space}_res-{resolution}_{stem}.nii.gz"
-        if path.is_file() and path.stat().st_size:
-            return path.absolute()
+        with suppress(OSError):  # a cache that cannot be entered holds nothing for us
+            if path.is_file() and path.stat().st_size:
+                return path.absolute()
     return None
 
 

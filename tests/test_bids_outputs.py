@@ -241,7 +241,7 @@ def test_dataset_files(tmp_path, doi):
     raw = {"Name": "Raw", "License": "CC0", "DatasetDOI": doi}
     (bids / "dataset_description.json").write_text(json.dumps(raw))
     out.mkdir()
-    (out / ".bidsignore").write_text("mine\nlogs\n")
+    (out / ".bidsignore").write_bytes(b"mine\nlogs\ncaf\xe9\n")
     write_dataset_files(out, bids)
     description = json.loads((out / "dataset_description.json").read_text())
     assert description["DatasetType"] == "derivative"
@@ -252,9 +252,9 @@ def test_dataset_files(tmp_path, doi):
         {"URL": "https://doi.org/10.1234/x", "DOI": "10.1234/x"}
     ]
     assert "Container" not in description["GeneratedBy"][0]
-    lines = (out / ".bidsignore").read_text().splitlines()
-    assert lines[:2] == ["mine", "logs"]
-    assert sorted(lines) == sorted({"mine", *IGNORED})
+    lines = (out / ".bidsignore").read_bytes().splitlines()
+    assert lines[:3] == [b"mine", b"logs", b"caf\xe9"]  # as they were
+    assert sorted(lines) == sorted({b"mine", b"caf\xe9", *(line.encode() for line in IGNORED)})
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     write_dataset_files(out, bids)  # equal files are left alone
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
@@ -447,10 +447,13 @@ def test_report_shows_crashes_until_the_scan_has_come_through(tmp_path):
     os.utime(crash)
     write_example(tmp_path, tmp_path, "sub-01_run-1_T1w.nii.gz")  # a later step may fail
     assert open_crash_files(tmp_path / "sub-01") == [crash]
+    page = build_report(tmp_path, "01", "run", {}).read_text()
+    assert page.count("they are of an earlier run") == 1  # the figures that are there
     note_done(again.parent, [Path("/bids/sub-01_run-2_T1w.nii.gz")])  # another scan changes nothing
     assert open_crash_files(tmp_path / "sub-01") == [crash]
     note_done(again.parent, [Path(f"/bids/sub-01_run-{n}_T1w.nii.gz") for n in (1, 2)])
     assert open_crash_files(tmp_path / "sub-01") == []
+    assert "of an earlier run" not in build_report(tmp_path, "01", "run", {}).read_text()
     os.utime(crash, (2e9, 2e9))  # and failed again
     assert open_crash_files(tmp_path / "sub-01") == [crash]
 

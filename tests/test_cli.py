@@ -13,7 +13,7 @@ from remix_bids.cli.app import run, with_resources
 from remix_bids.cli.parser import parse_args
 from remix_bids.config import RunConfig
 from remix_bids.errors import NothingToDoError, UsageError
-from remix_bids.inputs import Scan, collect_scans
+from remix_bids.inputs import DATABASE, Scan, collect_scans
 from remix_bids.naming import output_names
 from remix_bids.resources import parse_memory
 from remix_bids.workflows.base import claim_work_dir
@@ -242,6 +242,38 @@ def test_work_dir_inside(parse, tmp_path, place):
     parse("-w", tmp_path / place, "--reports-only")  # without intermediate files
 
 
+@pytest.mark.parametrize("name", ["w [2]", "w*", "a?/w"])
+def test_a_work_dir_that_would_be_a_pattern(parse, tmp_path, name):
+    """Nipype would find none of its results again, and compute all of them each time."""
+    with pytest.raises(UsageError, match="name another one by -w"):
+        parse("-w", tmp_path / name)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 4])
+def test_an_empty_path_is_not_the_current_folder(dataset, tmp_path, capsys, empty):
+    arguments = [str(dataset), str(tmp_path / "out"), "participant", "-w", str(tmp_path / "w")]
+    arguments[empty] = ""
+    with pytest.raises(SystemExit) as exit:
+        run(arguments)
+    assert exit.value.code == 2
+    assert "the path is empty" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_entered(dataset, tmp_path, capsys, monkeypatch):
+    """One sentence, wherever it is noticed first."""
+    arguments = [str(dataset), str(tmp_path / "out"), "participant", "-w", str(tmp_path / "w")]
+    exists = Path.exists
+
+    def closed(path):
+        if path.name == "out":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", closed)
+    assert run(arguments) == 2
+    assert f"Permission denied: '{tmp_path / 'out'}'" in capsys.readouterr().err
+
+
 def test_output_of_another_program(dataset, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -332,6 +364,45 @@ def test_database_is_made_and_used(parse, tmp_path):
     assert names(config) == NAMES
     assert (tmp_path / "db").is_dir()
     assert names(config) == NAMES
+
+
+def test_a_database_appears_whole(parse, tmp_path, monkeypatch):
+    """Neither an index that was killed, nor one that another run is making, is trusted."""
+    from bids import BIDSLayout
+
+    folder = tmp_path / "db"
+    config = parse("--bids-database-dir", folder)
+    before = []
+
+    def watched(*args, database_path, **settings):
+        before.append((folder / DATABASE).exists())
+        if len(before) == 1:
+            (database_path / "half").parent.mkdir(parents=True)
+            (database_path / "half").touch()
+            raise KeyboardInterrupt
+        return BIDSLayout(*args, database_path=database_path, **settings)
+
+    monkeypatch.setattr("bids.BIDSLayout", watched)
+    with pytest.raises(KeyboardInterrupt):
+        names(config)
+    assert list(folder.iterdir()) == []
+    assert names(config) == NAMES
+    assert before == [False, False, True]
+    assert [path.name for path in folder.iterdir()] == [DATABASE]
+    (folder / DATABASE).write_bytes(b"no database")
+    with pytest.raises(UsageError, match=r"by --bids-database-dir .*remove that folder"):
+        names(config)
+
+
+@pytest.mark.parametrize("closed", ["sub-02", "sub-01/ses-b"])
+def test_folders_that_cannot_be_entered_are_left_out(parse, dataset, caplog, monkeypatch, closed):
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != dataset / closed and allowed(path, mode)
+    )
+    left = [name for name in NAMES if not name.startswith(closed.replace("/", "_"))]
+    assert names(parse()) == left != NAMES
+    assert f"{dataset / closed} cannot be entered and is left out" in caplog.text
 
 
 def test_a_database_that_does_not_fit_the_dataset(parse, tmp_path, dataset, caplog):

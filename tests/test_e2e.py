@@ -85,7 +85,7 @@ def test_sidecar(first):
     assert len(sidecar["ExpertSHA256"]) == 64
     assert sidecar["Sources"] == [f"bids:raw:{SCAN}"]
     for key in (
-        *("SpatialReference", "Resolution", "Device", "RandomSeed", "Interpolation"),
+        *("TemplateFile", "Resolution", "Device", "RandomSeed", "Interpolation"),
         *("IntensityScaling", "AffineDeterminant"),
     ):
         assert sidecar[key], key

@@ -13,8 +13,8 @@ from remix_bids.errors import GraphError
 from remix_bids.inputs import collect_scans
 from remix_bids.interfaces.bids import DerivativesSink
 from remix_bids.spatial import _tabulate
-from remix_bids.templates import Template
-from remix_bids.workflows.base import init_remix_wf
+from remix_bids.templates import NILEARN_SPACE, Template
+from remix_bids.workflows.base import init_remix_wf, static_metadata
 from remix_bids.workflows.memory import Footprint
 from tests.bids_skeletons import make_dataset, save_image
 
@@ -200,6 +200,20 @@ def test_slice_thickness_of_the_sidecar_is_used(tmp_path):
     assert scans[0].slice_thickness == 4.5
     node = workflow.get_node("sub_01_wf.sub_01_T1w_wf.consistency")
     assert node.inputs.thickness == 4.5
+
+
+def test_the_sidecar_tells_where_the_template_is(tmp_path):
+    """A name is no address: BIDS asks for one that leads somewhere, or for none."""
+    _, scans, config = build(tmp_path, SKELETONS["plain"])
+    file = Path("tpl-MNI152Lin_res-01_T1w.nii.gz")
+    for space, address in (
+        ("MNI152Lin", f"https://templateflow.s3.amazonaws.com/tpl-MNI152Lin/{file}"),
+        (NILEARN_SPACE, None),
+    ):
+        template = Template(space, file, None, skull_stripped=False)
+        told = static_metadata(config=config, scan=scans[0], template=template)
+        assert told["TemplateFile"] == file.name
+        assert told.get("SpatialReference") == address
 
 
 def test_reads_like_the_design(tmp_path):

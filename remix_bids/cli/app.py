@@ -70,6 +70,9 @@ def run(argv: Sequence[str]) -> int:
     except UsageError as error:
         print(f"remix-bids: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a folder that cannot be entered, say
+        print(f"remix-bids: error: {error}", file=sys.stderr)
+        return UsageError.exit_code
     start_logging(config)
     try:
         other = without_scans(config)
@@ -84,6 +87,9 @@ def run(argv: Sequence[str]) -> int:
         if not isinstance(error, UsageError):
             print("0 done, 0 failed", flush=True)
         return error.exit_code
+    except OSError as error:
+        print(f"remix-bids: error: {error}", file=sys.stderr, flush=True)
+        return UsageError.exit_code
     except KeyboardInterrupt:
         print("remix-bids: interrupted", file=sys.stderr, flush=True)
         return 130

@@ -90,6 +90,8 @@ def _device(text: str) -> str:
 
 
 def _path(text: str) -> Path:
+    if not text:  # an unset variable of a script; it would mean the current folder
+        raise argparse.ArgumentTypeError("the path is empty")
     # Absolute, without "..", but links stay what they are.
     return Path(os.path.abspath(Path(text).expanduser()))
 
@@ -405,6 +407,11 @@ def check_folders(config: RunConfig) -> None:
         raise UsageError(f"the output folder {out} is a file")
     if config.analysis_level == "group" or config.reports_only or config.boilerplate_only:
         return  # without intermediate files
+    if found := re.search(r"[*?[]", str(config.work_dir)):  # Nipype looks for results by patterns
+        raise UsageError(
+            f"the working folder {config.work_dir} has {found[0]} in its name, by which nothing "
+            "would be found again; name another one by -w"
+        )
     for name, folder in (("BIDS dataset", bids), ("output folder", out)):
         if work == folder or folder in work.parents:
             raise UsageError(

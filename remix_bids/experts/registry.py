@@ -162,7 +162,7 @@ def load_registry(directory: Path | None = None) -> Registry:
         return Registry(
             ExpertRecord(
                 name=name,
-                path=Path(directory) / row["file"],
+                path=table.with_name(row["file"]),  # refuses what lies elsewhere
                 sha256=str(row["sha256"]),
                 lower=float(row["lower"]),
                 upper=float(row["upper"]),

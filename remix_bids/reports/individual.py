@@ -36,6 +36,12 @@ DONE = "done.txt"
 """Beside the crash files of a run."""
 
 
+OUTDATED = (
+    '<p class="failed">The latest run of this scan failed (see Errors). Where there are figures '
+    "and outputs all the same, they are of an earlier run.</p>"
+)
+
+
 class Fragment:
     """One piece of a section: what nireports calls a reportlet."""
 
@@ -54,9 +60,10 @@ class IndividualReport(Report):
         subject_dir = Path(config["root"])
         metadata = config["metadata"]
         scans = scans_with_figures(subject_dir)
+        failed = {part for node in _open_crashes(subject_dir) for part in node.split(".")}
         self.template_path = Path(str(resources.files("remix_bids.data").joinpath(TEMPLATE)))
         for label, figures in scans.items():
-            reportlets = []
+            reportlets = [Fragment(OUTDATED)] if workflow_name(label) in failed else []
             for wanted in config["figures"]:
                 path = figures.get(wanted["desc"])
                 if path is not None:
@@ -117,7 +124,12 @@ def note_done(run_dir: Path, scans: Iterable[Path]) -> None:
 
 
 def open_crash_files(subject_dir: Path) -> list[Path]:
-    """Crash files of all runs, but for scans that have come through since.
+    """Crash files of all runs, but for scans that have come through since."""
+    return list(_open_crashes(subject_dir).values())
+
+
+def _open_crashes(subject_dir: Path) -> dict[str, Path]:
+    """The same by node.
 
     A crash belongs to the scan whose workflow its ``Node:`` line names; the scan has come through
     when a later run says so (`note_done`). Of one node only the last crash counts.
@@ -134,7 +146,7 @@ def open_crash_files(subject_dir: Path) -> list[Path]:
         done = max(finished.get(part, 0.0) for part in node.split("."))
         if done < crash.stat().st_mtime:
             left[node] = crash
-    return list(left.values())
+    return left
 
 
 def _errors(subject_dir: Path, scans: dict[str, Any]) -> str:

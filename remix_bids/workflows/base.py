@@ -148,7 +148,8 @@ def static_metadata(*, config: RunConfig, scan: Scan, template: Template) -> dic
     return {
         "Sources": [bids_uri(scan.path, config.bids_dir)],
         "Resolution": "1 mm isotropic, 181 x 217 x 181 voxels, origin -90, -126, -72",
-        "SpatialReference": template.t1w.name,
+        "TemplateFile": template.t1w.name,
+        **({"SpatialReference": template.address} if template.address else {}),
         "SelectionRule": f"--expert {config.expert}" if chosen else rules[config.gate],
         "RandomSeed": config.random_seed,
     }
