@@ -6,7 +6,8 @@
 but for those whose image is coarser than 1.2 mm, through acquisitions of the training bank, drawn
 as in training, half of the sidecars silent about the thickness. Errors in mm of the width (FWHM) of
 the Gaussian that blurs as much as the simulated slice: what is expected of the header alone, what
-is measured, and what is used, which weighs the two. It prints a Markdown table.
+is measured, and what is used, which weighs the two. It prints a Markdown table; and one of scans
+whose slices cannot be measured: the true width over the header's, and over what is expected.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ import numpy as np
 import torch
 
 from remix_bids.evaluation.restore import see
-from remix_bids.simulation.acquisition import draw, from_header, geometries, slice_axis
+from remix_bids.simulation.acquisition import (
+    coarsest_axes,
+    draw,
+    from_header,
+    geometries,
+    slice_axis,
+)
 from remix_bids.simulation.slices import (
     expected_width,
     from_scan,
+    measurable,
     measure_slices,
     true_width,
     width_of_slices,
@@ -49,6 +57,21 @@ def errors(person: Person, klass: int, noise: float, seed: tuple[int, ...]) -> l
     true = true_width(acquisition)
     spacing = float(grid.voxel_sizes[slice_axis(grid)])
     return [spacing, expected - true, measured - true, used - true]
+
+
+def unmeasured(klass: int, draws: int) -> list[tuple[bool, float, float]]:
+    """Of drawn acquisitions: voxels of one size; true width over header's, and over expected."""
+    rng, bank = np.random.default_rng(klass), geometries(held_out=False)
+    found = []
+    for _ in range(draws):
+        acquisition = draw(rng, bank, [np.eye(4)], klass)
+        told = from_header(acquisition.grid, acquisition.world, acquisition.thickness)
+        if not measurable(told):
+            axes = coarsest_axes(acquisition.grid)
+            true = float(np.mean([true_width(acquisition, axis) for axis in axes]))
+            ratios = true / width_of_slices(told), true / expected_width(told)
+            found.append((len(axes) == 3, *ratios))
+    return found
 
 
 def main() -> None:
@@ -82,6 +105,16 @@ def main() -> None:
                     f"| {sd:.2f} | {used:.2f} |",
                     flush=True,
                 )
+    print("\n| class | not measured | of 1000 | over header's | SD | over what is expected | SD |")
+    print("|" + " --- |" * 7)
+    for k in range(1, 8):
+        all_of_k = unmeasured(k, 1000)
+        for one_size, name in ((True, "voxels of one size"), (False, "thin slices, wide gaps")):
+            rows = np.array([row[1:] for row in all_of_k if row[0] == one_size])
+            if len(rows):
+                (header, expected), (sd, left) = rows.mean(axis=0), rows.std(axis=0)
+                numbers = f"{header:.2f} | {sd:.2f} | {expected:.2f} | {left:.2f}"
+                print(f"| {k} | {name} | {len(rows)} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,11 +55,14 @@ def _box_as_gaussian() -> float:
     return float(np.sqrt((weights * offsets**2).sum() / weights.sum())) / FWHM_TO_SIGMA
 
 
-def true_width(acquisition: Acquisition) -> float:
-    """Width (FWHM, mm) of the Gaussian that blurs an image of 1 mm as much as a simulated slice."""
-    width = width_of_slices(acquisition)
-    box = acquisition.box[slice_axis(acquisition.grid)]
-    return _as_box(width) if box else float(np.hypot(1.0, kernel_width(width)))
+def true_width(acquisition: Acquisition, axis: int | None = None) -> float:
+    """Width (FWHM, mm) of the Gaussian that blurs an image of 1 mm as much as a simulated slice.
+
+    ``axis``: another array axis than that of the slices.
+    """
+    axis = slice_axis(acquisition.grid) if axis is None else axis
+    width = acquisition.widths[axis]
+    return _as_box(width) if acquisition.box[axis] else float(np.hypot(1.0, kernel_width(width)))
 
 
 def _as_box(width: float) -> float:
