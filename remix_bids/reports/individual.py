@@ -38,7 +38,7 @@ DONE = "done.txt"
 
 OUTDATED = (
     '<p class="failed">The latest run of this scan failed (see Errors). Where there are figures '
-    "and outputs all the same, they are of an earlier run.</p>"
+    "and outputs all the same, they may be of an earlier run.</p>"
 )
 
 
