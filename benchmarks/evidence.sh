@@ -39,7 +39,8 @@ prepare "$data/external_test" "$out/test" --test
 prepare "$data/train" "$out/prepared"
 
 manual=$data/external_test/derivatives/manual
-remix-experts evaluate "$out/test" "$out/clean.tsv" --noise 0 --dice --labels "$manual" --nprocs "$nprocs"
+remix-experts evaluate "$out/test" "$out/clean.tsv" --noise 0 --classes 1 2 3 4 5 6 --dice \
+    --labels "$manual" --nprocs "$nprocs"
 remix-experts evaluate "$out/test" "$out/clean7.tsv" --noise 0 --classes 7 --dice --dice-scans 6 \
     --labels "$manual" --nprocs "$nprocs"
 remix-experts evaluate "$out/test" "$out/noisy.tsv" --noise 0.02 --nprocs "$nprocs"
