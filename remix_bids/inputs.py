@@ -185,20 +185,17 @@ def _layout(config: RunConfig, subjects: list[str]) -> Any:
             indexer=BIDSLayoutIndexer(validate=False, index_metadata=False, ignore=ignore),
         )
 
+    kept = config.bids_database_dir
     try:
-        if config.bids_database_dir is not None:
-            _make_database(config.bids_database_dir, layout)
-        return layout(config.bids_database_dir)
+        if kept is not None:
+            _make_database(kept, layout)
+        return layout(kept)
     except Exception as error:  # PyBIDS raises many kinds for a dataset it cannot read
+        advice = f" by --bids-database-dir {kept} (remove that folder, it is made anew)"
+        how = "" if kept is None else advice
         raise UsageError(
-            f"{config.bids_dir} cannot be read as a BIDS dataset"
-            + (
-                f" by --bids-database-dir {config.bids_database_dir} (if others can read it, "
-                "remove that folder)"
-                if config.bids_database_dir is not None
-                else ""
-            )
-            + f": {type(error).__name__}: {error}"
+            f"{config.bids_dir} cannot be read as a BIDS dataset{how}: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

@@ -67,10 +67,7 @@ def run(argv: Sequence[str]) -> int:
     """Do everything; return the exit code."""
     try:
         config = parse_args(argv)
-    except UsageError as error:
-        print(f"remix-bids: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # a folder that cannot be entered, say
+    except (UsageError, OSError) as error:  # or a folder that cannot be entered, say
         print(f"remix-bids: error: {error}", file=sys.stderr)
         return UsageError.exit_code
     start_logging(config)
