@@ -190,6 +190,8 @@ def _layout(config: RunConfig, subjects: list[str]) -> Any:
         if kept is not None:
             _make_database(kept, layout)
         return layout(kept)
+    except UsageError:
+        raise
     except Exception as error:  # PyBIDS raises many kinds for a dataset it cannot read
         advice = f" by --bids-database-dir {kept} (remove that folder, it is made anew)"
         how = "" if kept is None else advice
@@ -203,10 +205,19 @@ def _make_database(folder: Path, layout: Callable[[Path], Any]) -> None:
     """Index a dataset, unless that is done: other runs see a whole index or none.
 
     Runs that begin together may all make one; the last one stays.
+
+    Raises
+    ------
+    UsageError
+        Nothing can be written there.
     """
     if (folder / DATABASE).is_file():
         return
     part = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"--bids-database-dir {folder} cannot be written: {error}") from None
     try:
         layout(part)
         os.replace(part / DATABASE, folder / DATABASE)

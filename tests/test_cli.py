@@ -377,7 +377,6 @@ def test_a_database_appears_whole(parse, tmp_path, monkeypatch):
     def watched(*args, database_path, **settings):
         before.append((folder / DATABASE).exists())
         if len(before) == 1:
-            (database_path / "half").parent.mkdir(parents=True)
             (database_path / "half").touch()
             raise KeyboardInterrupt
         return BIDSLayout(*args, database_path=database_path, **settings)
@@ -391,6 +390,13 @@ def test_a_database_appears_whole(parse, tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == [DATABASE]
     (folder / DATABASE).write_bytes(b"no database")
     with pytest.raises(UsageError, match=r"by --bids-database-dir .*remove that folder"):
+        names(config)
+
+
+def test_a_database_that_cannot_be_written(parse, tmp_path):
+    (tmp_path / "file").touch()
+    config = parse("--bids-database-dir", tmp_path / "file" / "db")
+    with pytest.raises(UsageError, match=r"--bids-database-dir .*db cannot be written"):
         names(config)
 
 
