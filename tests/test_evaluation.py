@@ -30,8 +30,8 @@ from remix_bids.evaluation.metrics import (
 )
 from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.rows import finished, joined, read_rows, write_rows
-from remix_bids.evaluation.run import _measure, evaluate
-from remix_bids.evaluation.settings import METHODS, Settings
+from remix_bids.evaluation.run import _measure, _restored, evaluate
+from remix_bids.evaluation.settings import BLIND, METHODS, Settings
 from remix_bids.evaluation.table import (
     SHIPS,
     best_back_projection,
@@ -140,6 +140,22 @@ def test_back_projection_explains_the_acquired_voxels_better():
     ]
     assert residuals[-1] < 0.5 * residuals[0]
     assert residuals == sorted(residuals, reverse=True)
+
+
+def test_back_projection_as_told_knows_no_more_than_the_app(monkeypatch):
+    """It is that of the true profile only where nobody knows better."""
+    grid = Grid((40, 24, 24), np.eye(4))
+    native = Grid((10, 24, 24), affine_of(np.eye(3), [4, 1, 1], [2, 0, 0]))
+    acquisition = Acquisition(native, np.eye(4), (4.0, 1.0, 1.0), (True, False, False))
+    seen = acquire(smooth_image(grid.shape) + torch.rand(grid.shape), acquisition, grid)
+    settings = Settings(protocol(), methods=("back-projection", BLIND))
+    (case,) = cases(people(1), settings.protocol | {"geometries_per_person": 1}, [4], [0.0])
+    told = _restored(case, seen, acquisition, grid, settings)
+    monkeypatch.setattr("remix_bids.evaluation.run.as_told", lambda native, true: true)
+    known = _restored(case, seen, acquisition, grid, settings)
+    assert torch.equal(known["back-projection"], told["back-projection"])
+    assert torch.equal(known[BLIND], known["back-projection"])
+    assert not torch.allclose(told[BLIND], known[BLIND], atol=1e-3)
 
 
 def protocol():
@@ -518,10 +534,10 @@ def test_rows_outlive_iterations_that_did_not_make_them():
     changed = protocol()
     changed["back_projection"]["clean"][1] = [99, 1.0]
     before, after = Settings(protocol()), Settings(changed)
-    for method in METHODS:
+    for method in (*METHODS, BLIND):
         for klass in "1234567":
             same = before.setup(method, klass) == after.setup(method, klass)
-            assert same == (method != "back-projection" or klass != "2")
+            assert same == (method not in ("back-projection", BLIND) or klass != "2")
     assert replace(before, tune=True).setup("1 x 1", "3") != before.setup("cubic", "3")
 
 

@@ -23,7 +23,7 @@ from remix_bids.evaluation.lesions import (
     place_lesions,
 )
 from remix_bids.evaluation.rows import read_rows, write_rows
-from remix_bids.evaluation.settings import CUBIC
+from remix_bids.evaluation.settings import BLIND, CUBIC, SHIPS
 from remix_bids.experts.registry import load_registry
 from remix_bids.experts.unet import ResidualUNet
 from remix_bids.simulation.acquisition import load_bank, save_bank
@@ -271,6 +271,13 @@ def test_an_evaluation_in_two_runs_is_that_in_one(prepared, tmp_path, capsys):
     assert main(["table", str(tmp_path / "joined"), *parts]) == 0
     assert main(["table", str(tmp_path / "v1.2"), str(tmp_path / "whole.tsv")]) == 0
     assert (tmp_path / "v1.2.md").read_text() == (tmp_path / "whole.md").read_text()
+    # Told less than the truth, back-projection is another method, with a column of its own.
+    assert run("told.tsv", BLIND) == 0
+    (told,) = read_rows(tmp_path / "told.tsv")
+    assert told["psnr"] not in {row["psnr"] for row in found["whole"]}
+    columns = [str(tmp_path / "whole.tsv"), str(tmp_path / "told.tsv")]
+    assert main(["table", str(tmp_path / "both"), *columns]) == 0
+    assert f"| {SHIPS} | {BLIND} |" in (tmp_path / "both.md").read_text()
     for kind in ("tsv", "md"):
         joined, whole = (tmp_path / f"{name}.{kind}" for name in ("joined", "whole"))
         assert joined.read_text() == whole.read_text()

@@ -207,14 +207,14 @@ def table(args: argparse.Namespace) -> None:
 def _named_commands(options: list[str]) -> dict[str, str]:
     """``NAME=COMMAND`` options."""
     from remix_bids.evaluation.external import parse_command
-    from remix_bids.evaluation.settings import METHODS
+    from remix_bids.evaluation.settings import BLIND, METHODS
 
     commands: dict[str, str] = {}
     for option in options:
         name, _, command = option.partition("=")
         if not name or not command:
             raise UsageError(f"--method-command {option!r}: write NAME=COMMAND")
-        if name in METHODS or name in commands:
+        if name in (*METHODS, BLIND) or name in commands:
             raise UsageError(f"--method-command {option!r}: the name {name} is taken, use another")
         parse_command(command)
         commands[name] = command
@@ -233,16 +233,16 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.run import manual_labels
-    from remix_bids.evaluation.settings import ATROPOS, BACK_PROJECTION, METHODS, Settings
+    from remix_bids.evaluation.settings import ATROPOS, BACK_PROJECTION, BLIND, METHODS, Settings
     from remix_bids.evaluation.table import best_back_projection
     from remix_bids.experts.registry import load_registry
     from remix_bids.registration.affine import Templates
     from remix_bids.simulation.acquisition import geometries
     from remix_bids.training.dataset import load_persons
 
-    if unknown := set(args.methods or ()) - set(METHODS):
+    if unknown := set(args.methods or ()) - {*METHODS, BLIND}:
         names = ", ".join(sorted(unknown))
-        raise UsageError(f"--methods {names}: choose from {', '.join(METHODS)}")
+        raise UsageError(f"--methods {names}: choose from {', '.join((*METHODS, repr(BLIND)))}")
     if args.methods and args.tune:
         raise UsageError("--tune measures back-projection only: leave out --methods")
     if args.tune and args.split == "held_out":
@@ -259,7 +259,7 @@ def evaluate(args: argparse.Namespace) -> None:
     noise = protocol["noise"] if args.noise is None else args.noise
     methods = args.methods or METHODS
     untuned = {*map(float, noise)} - {*map(float, protocol["noise"])}
-    if untuned and BACK_PROJECTION in methods and not args.tune:
+    if untuned and {BACK_PROJECTION, BLIND} & {*methods} and not args.tune:
         raise UsageError(
             f"--noise {', '.join(f'{level:g}' for level in sorted(untuned))}: back-projection is "
             "not tuned for it; leave it out by --methods, or name a --protocol that is"
@@ -486,7 +486,8 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="METHOD",
         help="measure only these of linear, cubic, estimate, back-projection, general, expert, "
-        "'expert + steps'; no tables, `table` joins the rows with those of other runs",
+        "'expert + steps', and 'back-projection, as told' (what the app knows, instead of the true "
+        "slice profile); no tables, `table` joins the rows with those of other runs",
     )
     p.add_argument("--tune", action="store_true", help="find the iterations of back-projection")
     p.add_argument(

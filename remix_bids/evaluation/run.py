@@ -45,6 +45,7 @@ from remix_bids.evaluation.segmenters import (
 from remix_bids.evaluation.settings import (
     ATROPOS,
     BACK_PROJECTION,
+    BLIND,
     CUBIC,
     EXPERT,
     METHODS,
@@ -84,16 +85,17 @@ def _restored(
     if record in networks:
         found[EXPERT] = found.pop(record.name)
     found["linear"] = interpolate(native, acquisition, grid, "linear")
-    if BACK_PROJECTION in asked:
-        iterations, step = how["noisy" if case.noise else "clean"][int(record.name) - 1]
-        iterates = back_project(native, acquisition, grid, found[CUBIC], iterations, step)
-        found[BACK_PROJECTION] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
+    iterations, step = how["noisy" if case.noise else "clean"][int(record.name) - 1]
+    for method, known in ((BACK_PROJECTION, acquisition), (BLIND, told)):
+        if method in asked:
+            iterates = back_project(native, known, grid, found[CUBIC], iterations, step)
+            found[method] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
     if SHIPS in asked:
         found[SHIPS] = as_shipped(found[EXPERT], found[CUBIC], native, told, grid, record)
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
-    return {name: found[name] for name in (*METHODS, *settings.commands) if name in asked}
+    return {name: found[name] for name in (*METHODS, BLIND, *settings.commands) if name in asked}
 
 
 @lru_cache(maxsize=1)

@@ -19,6 +19,8 @@ SHIPS = "expert + steps"
 """What the app would write: the network that the gate chooses and the steps of consistency that
 its table gives it (``consistency_steps`` in ``experts.toml``), the less of them the noisier the
 scan; where the gate chooses no expert, cubic interpolation."""
+BLIND = "back-projection, as told"
+"""Told what the app knows of a scan, not its true slice profile. Measured if it is asked for."""
 ATROPOS = "atropos"
 """The segmenter that comes with ANTs; any other is a command."""
 _DICE_REVISION = 2
@@ -49,7 +51,8 @@ class Settings:
     templates : Templates, optional
         Register every acquired image to these, as the app does; the true affine by default.
     methods : sequence of str
-        Of `METHODS`, those that are measured. Rows of all but `NETWORKS` do not depend on experts.
+        Of `METHODS` and `BLIND`, those that are measured. Rows of all but `NETWORKS` do not
+        depend on experts.
     """
 
     protocol: dict
@@ -97,7 +100,7 @@ class Settings:
             return [iterations]
         if method in NETWORKS:
             return [*self._networks[GENERAL if method == GENERAL else klass]]
-        if method == BACK_PROJECTION:
+        if method in (BACK_PROJECTION, BLIND):
             return [iterations[noise][int(klass) - 1] for noise in ("clean", "noisy")]
         return [self.commands[method]] if method in self.commands else []
 
