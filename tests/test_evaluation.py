@@ -31,7 +31,13 @@ from remix_bids.evaluation.metrics import (
 from remix_bids.evaluation.plot import plot
 from remix_bids.evaluation.rows import finished, joined, read_rows, write_rows
 from remix_bids.evaluation.run import _measure, _restored, evaluate
-from remix_bids.evaluation.settings import BLIND, METHODS, Settings
+from remix_bids.evaluation.settings import (
+    ALL_METHODS,
+    BACK_PROJECTIONS,
+    BLIND,
+    METHODS,
+    Settings,
+)
 from remix_bids.evaluation.table import (
     SHIPS,
     best_back_projection,
@@ -143,7 +149,7 @@ def test_back_projection_explains_the_acquired_voxels_better():
 
 
 def test_back_projection_as_told_knows_no_more_than_the_app(monkeypatch):
-    """It is that of the true profile only where nobody knows better."""
+    """It equals that of the true profile where that is told, and differs where a header is."""
     grid = Grid((40, 24, 24), np.eye(4))
     native = Grid((10, 24, 24), affine_of(np.eye(3), [4, 1, 1], [2, 0, 0]))
     acquisition = Acquisition(native, np.eye(4), (4.0, 1.0, 1.0), (True, False, False))
@@ -534,10 +540,10 @@ def test_rows_outlive_iterations_that_did_not_make_them():
     changed = protocol()
     changed["back_projection"]["clean"][1] = [99, 1.0]
     before, after = Settings(protocol()), Settings(changed)
-    for method in (*METHODS, BLIND):
+    for method in ALL_METHODS:
         for klass in "1234567":
             same = before.setup(method, klass) == after.setup(method, klass)
-            assert same == (method not in ("back-projection", BLIND) or klass != "2")
+            assert same == (method not in BACK_PROJECTIONS or klass != "2")
     assert replace(before, tune=True).setup("1 x 1", "3") != before.setup("cubic", "3")
 
 

@@ -15,6 +15,7 @@ import tomllib
 from collections import Counter
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import NoReturn
 
@@ -207,14 +208,14 @@ def table(args: argparse.Namespace) -> None:
 def _named_commands(options: list[str]) -> dict[str, str]:
     """``NAME=COMMAND`` options."""
     from remix_bids.evaluation.external import parse_command
-    from remix_bids.evaluation.settings import BLIND, METHODS
+    from remix_bids.evaluation.settings import ALL_METHODS
 
     commands: dict[str, str] = {}
     for option in options:
         name, _, command = option.partition("=")
         if not name or not command:
             raise UsageError(f"--method-command {option!r}: write NAME=COMMAND")
-        if name in (*METHODS, BLIND) or name in commands:
+        if name in ALL_METHODS or name in commands:
             raise UsageError(f"--method-command {option!r}: the name {name} is taken, use another")
         parse_command(command)
         commands[name] = command
@@ -233,16 +234,22 @@ def evaluate(args: argparse.Namespace) -> None:
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
     from remix_bids.evaluation.run import manual_labels
-    from remix_bids.evaluation.settings import ATROPOS, BACK_PROJECTION, BLIND, METHODS, Settings
+    from remix_bids.evaluation.settings import (
+        ALL_METHODS,
+        ATROPOS,
+        BACK_PROJECTIONS,
+        METHODS,
+        Settings,
+    )
     from remix_bids.evaluation.table import best_back_projection
     from remix_bids.experts.registry import load_registry
     from remix_bids.registration.affine import Templates
     from remix_bids.simulation.acquisition import geometries
     from remix_bids.training.dataset import load_persons
 
-    if unknown := set(args.methods or ()) - {*METHODS, BLIND}:
+    if unknown := set(args.methods or ()) - set(ALL_METHODS):
         names = ", ".join(sorted(unknown))
-        raise UsageError(f"--methods {names}: choose from {', '.join((*METHODS, repr(BLIND)))}")
+        raise UsageError(f"--methods {names}: choose from {', '.join(map(quote, ALL_METHODS))}")
     if args.methods and args.tune:
         raise UsageError("--tune measures back-projection only: leave out --methods")
     if args.tune and args.split == "held_out":
@@ -259,7 +266,7 @@ def evaluate(args: argparse.Namespace) -> None:
     noise = protocol["noise"] if args.noise is None else args.noise
     methods = args.methods or METHODS
     untuned = {*map(float, noise)} - {*map(float, protocol["noise"])}
-    if untuned and {BACK_PROJECTION, BLIND} & {*methods} and not args.tune:
+    if untuned and {*BACK_PROJECTIONS} & {*methods} and not args.tune:
         raise UsageError(
             f"--noise {', '.join(f'{level:g}' for level in sorted(untuned))}: back-projection is "
             "not tuned for it; leave it out by --methods, or name a --protocol that is"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from remix_bids.errors import UsageError
 from remix_bids.evaluation.cases import Case, told_sizes
-from remix_bids.evaluation.settings import BACK_PROJECTION, BLIND, EXPERT, SHIPS, Settings
+from remix_bids.evaluation.settings import BACK_PROJECTIONS, EXPERT, SHIPS, Settings
 
 SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
 """What a row tells of the scan."""
@@ -196,7 +196,7 @@ def _made_by(row: dict) -> str:
     """What must be one and the same in all of its rows of a table."""
     if row["method"] in (EXPERT, SHIPS):
         return f"expert {row['class']}"
-    if row["method"] in (BACK_PROJECTION, BLIND):
+    if row["method"] in BACK_PROJECTIONS:
         return f"{row['method']} in class {row['class']}"
     return row["method"]
 

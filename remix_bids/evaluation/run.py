@@ -43,12 +43,12 @@ from remix_bids.evaluation.segmenters import (
     tissue_means,
 )
 from remix_bids.evaluation.settings import (
+    ALL_METHODS,
     ATROPOS,
     BACK_PROJECTION,
     BLIND,
     CUBIC,
     EXPERT,
-    METHODS,
     SHIPS,
     Settings,
 )
@@ -85,9 +85,9 @@ def _restored(
     if record in networks:
         found[EXPERT] = found.pop(record.name)
     found["linear"] = interpolate(native, acquisition, grid, "linear")
-    iterations, step = how["noisy" if case.noise else "clean"][int(record.name) - 1]
     for method, known in ((BACK_PROJECTION, acquisition), (BLIND, told)):
         if method in asked:
+            iterations, step = how["noisy" if case.noise else "clean"][int(record.name) - 1]
             iterates = back_project(native, known, grid, found[CUBIC], iterations, step)
             found[method] = deque(iterates, maxlen=1).pop() if iterations else found[CUBIC]
     if SHIPS in asked:
@@ -95,7 +95,7 @@ def _restored(
     for name, command in settings.commands.items():
         data, source = run_command(command, native.numpy(), acquisition.grid)
         found[name] = restore_grid(torch.from_numpy(data), source, acquisition.world, grid).image
-    return {name: found[name] for name in (*METHODS, BLIND, *settings.commands) if name in asked}
+    return {name: found[name] for name in (*ALL_METHODS, *settings.commands) if name in asked}
 
 
 @lru_cache(maxsize=1)

@@ -21,12 +21,14 @@ its table gives it (``consistency_steps`` in ``experts.toml``), the less of them
 scan; where the gate chooses no expert, cubic interpolation."""
 BLIND = "back-projection, as told"
 """Told what the app knows of a scan, not its true slice profile. Measured if it is asked for."""
+BACK_PROJECTIONS = (BACK_PROJECTION, BLIND)
 ATROPOS = "atropos"
 """The segmenter that comes with ANTs; any other is a command."""
 _DICE_REVISION = 2
 """Raised by hand when code changes what Dice says, and nothing else of a row."""
 NETWORKS = (GENERAL, EXPERT, SHIPS)
 METHODS = ("linear", CUBIC, ESTIMATE, BACK_PROJECTION, *NETWORKS)
+ALL_METHODS = (*METHODS, BLIND)
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Settings:
     templates : Templates, optional
         Register every acquired image to these, as the app does; the true affine by default.
     methods : sequence of str
-        Of `METHODS` and `BLIND`, those that are measured. Rows of all but `NETWORKS` do not
-        depend on experts.
+        Of `ALL_METHODS`, those that are measured. Rows of all but `NETWORKS` do not depend on
+        experts.
     """
 
     protocol: dict
@@ -100,7 +102,7 @@ class Settings:
             return [iterations]
         if method in NETWORKS:
             return [*self._networks[GENERAL if method == GENERAL else klass]]
-        if method in (BACK_PROJECTION, BLIND):
+        if method in BACK_PROJECTIONS:
             return [iterations[noise][int(klass) - 1] for noise in ("clean", "noisy")]
         return [self.commands[method]] if method in self.commands else []
 
