@@ -3,13 +3,12 @@
 import tomllib
 from dataclasses import replace
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from remix_bids.errors import UsageError
+from remix_bids.errors import RemixError, UsageError
 from remix_bids.evaluation import claims
 from remix_bids.evaluation.cases import (
     cases,
@@ -371,7 +370,7 @@ def measured(todo, digest=None):
         {"person": c.person.name, "image": c.person.digest, "drawn": str(c.drawn),
          "number": str(c.number), "noise": str(c.noise), "affine": "true",
          "setup": digest or settings.setup(method, "3"), "method": method, "psnr": "30",
-         "dice": "", "segmenter": "", "class": "3", "kind": c.kind,
+         "dice": "", "dice_manual": "", "segmenter": "", "labels": "", "class": "3", "kind": c.kind,
          "voxel_sizes": told_sizes(c.acquisition()), "volume": "3.0", "profile": "box"}
         for c in todo
         for method in ("cubic", "expert")
@@ -394,9 +393,8 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
         finished(rows, todo, replace(settings, methods=METHODS))
     with pytest.raises(UsageError, match="other methods"):
         finished(rows, todo, replace(settings, methods=("cubic",)))
-    # The last case, or its last row, was cut off.
+    # The last case was cut off.
     assert finished(rows[:-1], todo, settings) == rows[:-2]
-    assert finished([*rows[:-1], rows[-1] | {"method": None}], todo, settings) == rows[:-2]
     # Dice is asked for, of the first geometries, and was not found yet.
     atropos = replace(settings, segmenter="atropos")
     with pytest.raises(UsageError, match=r"without the Dice .* the first p0, class 3, geometry 0"):
@@ -407,6 +405,41 @@ def test_a_stopped_evaluation_goes_on(tmp_path):
     write_rows(tmp_path / "rows.tsv", [], rows)
     assert evaluate(todo, settings, tmp_path / "rows.tsv") == rows
     assert read_rows(tmp_path / "rows.tsv") == rows
+
+
+def test_a_file_of_rows_is_looked_at(tmp_path):
+    rows, file = measured(cases(people(1), protocol(), [3], [0.0])), tmp_path / "rows.tsv"
+    write_rows(file, [rows])
+    text = file.read_text()
+    # The last row was cut off: in its middle, in its last field, before its end.
+    for cut in (25, 2, 1):
+        file.write_text(text[:-cut])
+        assert read_rows(file) == rows[:-1]
+    lines = text.splitlines(keepends=True)
+    file.write_text("".join([*lines[:2], lines[2].replace("\t", "", 1), *lines[3:]]))
+    with pytest.raises(UsageError, match=r"rows.tsv, line 3 has more or fewer fields"):
+        read_rows(file)
+    for other in ("person\tmethod\np0\tcubic\n", "some notes\n"):
+        file.write_text(other)
+        with pytest.raises(UsageError, match=r"rows.tsv lacks .* name another file"):
+            read_rows(file)
+    file.write_bytes(b"\xff\xfe")
+    for unreadable in (file, tmp_path):
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_rows(unreadable)
+
+
+def test_what_a_file_held_stays_until_there_are_rows(tmp_path):
+    def broken():
+        yield []
+        raise RemixError("expert 4 is damaged")
+
+    file = tmp_path / "rows.tsv"
+    file.write_text("of before\n")
+    with pytest.raises(RemixError):
+        write_rows(file, broken())
+    assert file.read_text() == "of before\n"
+    assert [f.name for f in tmp_path.iterdir()] == ["rows.tsv"]
 
 
 def test_no_row_is_lost_by_resuming():
@@ -423,8 +456,6 @@ def test_no_row_is_lost_by_resuming():
     before = [replace(first, name=f"a{i}") for i in range(6)]
     with pytest.raises(UsageError, match="not asked for now"):
         finished(rows, cases([*before, first, second], protocol(), [3], [0.0]), settings)
-    with pytest.raises(UsageError, match="not a table of this version"):
-        finished([{"person": "p0", "method": "cubic"}], todo, settings)
 
 
 def test_rows_of_another_preparation_are_not_mixed_in():
@@ -441,7 +472,7 @@ def test_rows_of_another_preparation_are_not_mixed_in():
     assert one.digest == replace(one, name="q", split="validation").digest
 
 
-def test_manual_classes_are_found_later():
+def test_manual_classes_are_found_later(tmp_path):
     todo = first_segmented(cases(people(1), protocol(), [3], [0.0]))
     rows = [row | {"dice": "0.9", "dice_manual": ""} for row in measured(todo)]
     settings = Settings(protocol(), methods=("cubic", "expert"), segmenter="atropos")
@@ -451,7 +482,21 @@ def test_manual_classes_are_found_later():
         finished(other, todo, settings)
     assert finished(other, todo, replace(settings, segmenter=None)) == other
     with pytest.raises(UsageError, match="without the Dice"):
-        finished(rows, todo, replace(settings, labels=Path("manual")))
+        finished(rows, todo, replace(settings, labels=tmp_path))
+    # Mended labels are other labels.
+    settings = replace(settings, labels=tmp_path)
+    file = settings.manual_labels(todo[0].person.name)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"first")
+    digest = settings.labels_digest(todo[0].person.name)
+    rows = [row | {"dice_manual": "0.8", "labels": digest} for row in rows]
+    assert finished(rows, todo, settings) == rows
+    file.write_bytes(b"mended")
+    with pytest.raises(UsageError, match="other manual classes"):
+        finished(rows, todo, settings)
+    mended = [row | {"labels": settings.labels_digest(todo[0].person.name)} for row in rows]
+    with pytest.raises(UsageError, match="several files of manual classes of p0"):
+        joined([rows, mended])
 
 
 def test_runs_are_joined():

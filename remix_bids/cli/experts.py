@@ -13,6 +13,7 @@ import signal
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from shlex import quote
@@ -180,16 +181,13 @@ def write_tables(rows: list[dict], path: Path) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Tables and plot of rows that `evaluate` has written, in one go or in several."""
-    from remix_bids.evaluation.rows import COLUMNS, joined, read_rows, write_rows
+    from remix_bids.evaluation.rows import joined, read_rows, write_rows
     from remix_bids.evaluation.settings import METHODS
 
     for path in args.rows:
         if not path.is_file():
             raise UsageError(f"{path} is no file; name TSV files that evaluate has written")
     tables, target = [read_rows(path) for path in args.rows], _beside(args.output, ".tsv")
-    for path, rows in zip(args.rows, tables, strict=True):
-        if rows and (lacking := [column for column in COLUMNS if column not in rows[0]]):
-            raise UsageError(f"{path} lacks {', '.join(lacking)}: evaluate writes these columns")
     rows = joined(tables)
     if not rows:
         raise UsageError(
@@ -233,7 +231,6 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     from remix_bids.evaluation.external import parse_command
     from remix_bids.evaluation.run import evaluate as run
-    from remix_bids.evaluation.run import manual_labels
     from remix_bids.evaluation.settings import (
         ALL_METHODS,
         ATROPOS,
@@ -295,9 +292,6 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UsageError("--labels are compared with those of a segmenter: add --dice")
     if args.dice_scans > 1 and not segmenter:
         raise UsageError("--dice-scans are segmented where Dice is asked for: add --dice")
-    for person in persons if args.labels else ():
-        if not (file := manual_labels(args.labels, person)).is_file() and not person.head:
-            raise UsageError(f"--labels: there is no {file}; use --persons, or leave --labels out")
     if (args.template is None) != (args.template_mask is None):
         raise UsageError("--template and --template-mask go together: name both, or none")
     if args.template and segmenter:
@@ -315,6 +309,10 @@ def evaluate(args: argparse.Namespace) -> None:
         templates=Templates(args.template, args.template_mask) if args.template else None,
         methods=methods,
     )
+    for person in persons:
+        file = settings.manual_labels(person.name)
+        if file and not file.is_file() and not person.head:
+            raise UsageError(f"--labels: there is no {file}; use --persons, or leave --labels out")
     rows = run(todo, settings, args.output, nprocs=args.nprocs)
     if args.tune:
         print(best_back_projection(rows))
@@ -347,8 +345,15 @@ def _protocol_and_persons(args: argparse.Namespace) -> tuple[dict, list]:
     return _protocol(), persons[: args.persons]
 
 
-def _write_table(args: argparse.Namespace, table: str) -> None:
-    _beside(args.output, ".md").write_text(table + "\n")
+def _write_experiment(
+    output: Path, batches: Iterable[Sequence[dict]], to_markdown: Callable[[Sequence[dict]], str]
+) -> None:
+    """Write rows and their table when all have been measured; an earlier run's stay till then."""
+    from remix_bids.evaluation.rows import write_rows
+
+    rows = write_rows(output, [[row for batch in batches for row in batch]])
+    table = to_markdown(rows)
+    _beside(output, ".md").write_text(table + "\n")
     print(table)
 
 
@@ -356,18 +361,16 @@ def lesions(args: argparse.Namespace) -> None:
     """Measure what is left of lesions of known size and contrast."""
     from remix_bids.evaluation.cases import cases
     from remix_bids.evaluation.lesions import run_cases, to_markdown
-    from remix_bids.evaluation.rows import write_rows
 
     protocol, persons = _protocol_and_persons(args)
     once = protocol | {"geometries_per_person": 1}  # every one holds 16 lesions
     todo = cases(persons, once, args.classes, [args.noise], args.bank)
-    _write_table(args, to_markdown(write_rows(args.output, run_cases(todo, args.experts_dir))))
+    _write_experiment(args.output, run_cases(todo, args.experts_dir), to_markdown)
 
 
 def gates(args: argparse.Namespace) -> None:
     """Compare the two gates on the real geometries of the bank where they differ."""
     from remix_bids.evaluation.gates import run_gates, to_markdown
-    from remix_bids.evaluation.rows import write_rows
 
     protocol, persons = _protocol_and_persons(args)
     batches = run_gates(
@@ -379,7 +382,7 @@ def gates(args: argparse.Namespace) -> None:
         seed=protocol["seed"],
         erosion=protocol["erosion"],
     )
-    _write_table(args, to_markdown(write_rows(args.output, batches)))
+    _write_experiment(args.output, batches, to_markdown)
 
 
 def simulate(args: argparse.Namespace) -> None:

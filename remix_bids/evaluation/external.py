@@ -15,6 +15,9 @@ from nibabel.filebasedimages import ImageFileError
 from remix_bids.errors import RemixError, UsageError
 from remix_bids.spatial import Grid
 
+UNREADABLE = (OSError, EOFError, zlib.error, ImageFileError, ValueError)
+"""What `read_image` raises."""
+
 
 def parse_command(template: str) -> list[str]:
     """Split a command like ``mri_synthseg --i {input} --o {output}``; no shell is involved.
@@ -76,13 +79,24 @@ def run_command(
                 raise RemixError(
                     f"{template!r} ended with {done.returncode}: {done.stderr.strip()[-500:]}"
                 )
-            result = nb.load(names["output"])
-            data = np.asanyarray(result.dataobj)
-            x, y, z = result.shape[:3]
-            data = data.reshape(x, y, z)  # refuses more than one image
-            if not np.isfinite(data).all():
-                raise RemixError(f"{template!r} wrote voxels that are no finite number")
-            data = np.rint(data) if np.issubdtype(dtype, np.integer) else data
-            return data.astype(dtype), Grid((x, y, z), result.affine)
-        except (OSError, EOFError, zlib.error, ImageFileError, ValueError) as error:
+            return read_image(Path(names["output"]), dtype)
+        except UNREADABLE as error:
             raise RemixError(f"{template!r}: {error}") from error
+
+
+def read_image(file: Path, dtype: type) -> tuple[np.ndarray, Grid]:
+    """One image and its grid; whole numbers are rounded.
+
+    Raises
+    ------
+    OSError, EOFError, zlib.error, ImageFileError, ValueError
+        If it is no single image of finite numbers.
+    """
+    image = nb.load(file)
+    data = np.asanyarray(image.dataobj)
+    x, y, z = image.shape[:3]
+    data = data.reshape(x, y, z)  # refuses more than one image
+    if not np.isfinite(data).all():
+        raise ValueError("it holds voxels that are no finite number")
+    data = np.rint(data) if np.issubdtype(dtype, np.integer) else data
+    return data.astype(dtype), Grid((x, y, z), image.affine)

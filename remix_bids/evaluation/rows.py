@@ -15,16 +15,36 @@ SCAN = ("class", "kind", "voxel_sizes", "volume", "profile")
 """What a row tells of the scan."""
 COLUMNS = (
     *("person", "image", "drawn", "number", "noise", "affine", "setup", "method", "psnr"),
-    "segmenter",
+    *("dice_manual", "segmenter", "labels"),
     *SCAN,
 )
 """Without these a table is not one of `evaluate`, or of an earlier version."""
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a TSV, as strings."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
+    """The rows of a TSV of `evaluate`, as strings, but for a last one that was cut off.
+
+    Raises
+    ------
+    UsageError
+        If the file is no such table, or that of an earlier version.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    *lines, _ = text.split("\n")  # after the last line end there is nothing, or a row cut off
+    reader = csv.DictReader(lines, delimiter="\t")
+    rows = list(reader)
+    if text and (lacking := {*COLUMNS} - {*(reader.fieldnames or ())}):
+        raise UsageError(
+            f"{path} lacks {', '.join(sorted(lacking))}: it is not a table that this version of "
+            "remix-experts evaluate writes; name another file"
+        )
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UsageError(f"{path}, line {number} has more or fewer fields than the first")
+    return rows
 
 
 def write_rows(
@@ -32,23 +52,24 @@ def write_rows(
 ) -> list[dict]:
     """Write rows to a TSV as they come, so that a stopped run leaves what it has; return all.
 
-    ``kept``: rows that come first; what the file held stays until they are in its place.
+    ``kept``: rows that come first. What the file held stays until there are rows in its place.
     """
     rows: list[dict] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with part.open("w", newline="") as file:
-        writer: csv.DictWriter | None = None
-        for batch in chain([kept], batches):
-            if writer is None and batch:
-                writer = csv.DictWriter(file, batch[0], delimiter="\t", lineterminator="\n")
-                writer.writeheader()
-            if writer is not None:
+    try:
+        with part.open("w", newline="") as file:
+            for batch in filter(None, chain([kept], batches)):
+                if not rows:
+                    writer = csv.DictWriter(file, batch[0], delimiter="\t", lineterminator="\n")
+                    writer.writeheader()
                 writer.writerows(batch)
-            file.flush()
-            if part.exists():
-                part.replace(path)  # and goes on to grow there
-            rows += batch
+                file.flush()
+                if not rows:
+                    part.replace(path)  # and goes on to grow there
+                rows += batch
+    finally:
+        part.unlink(missing_ok=True)
     return rows
 
 
@@ -59,12 +80,10 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
     ------
     UsageError
         If they were measured with other experts, another protocol, another affine, another
-        segmenter, on another preparation of a person, of other methods, without Dice that is to be
-        found now, or on cases that are not to be run now: writing the file anew would lose them.
+        segmenter or other manual classes, on another preparation of a person, of other methods,
+        without Dice that is to be found now, or on cases that are not to be run now: writing the
+        file anew would lose them.
     """
-    if rows and not {*COLUMNS} <= {*rows[0]}:
-        raise UsageError("the output is not a table of this version; name another file")
-    rows = [row for row in rows if None not in row.values()]  # cut off in the middle of a row
     found: dict[tuple, list[dict]] = {}
     for row in rows:
         found.setdefault(row_key(row), []).append(row)
@@ -105,6 +124,12 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
             f"the output holds Dice of another segmenter ({', '.join(sorted(segmenters))}); name "
             "another file, or remove this one"
         )
+    labels = {name: settings.labels_digest(name) for name in {r["person"] for r in _by_hand(rows)}}
+    if settings.labels and any(row["labels"] != labels[row["person"]] for row in _by_hand(rows)):
+        raise UsageError(
+            "the output holds Dice with other manual classes than those of --labels; name another "
+            "file, or remove this one"
+        )
     whole = {
         key: own
         for key, own in found.items()
@@ -120,6 +145,11 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
                     f"{_told(key)}; name another file, and join the two by remix-experts table"
                 )
     return [row for own in whole.values() for row in own]
+
+
+def _by_hand(rows: Sequence[dict]) -> list[dict]:
+    """Those that were compared with manual classes."""
+    return [row for row in rows if row["dice_manual"]]
 
 
 def _same_scan(row: dict, case: Case) -> bool:
@@ -142,15 +172,19 @@ def joined(tables: Iterable[Sequence[dict]]) -> list[dict]:
     ------
     UsageError
         If rows are of several protocols, affines or segmenters, those of one person of several
-        preparations, those of one method in one class of several networks, iterations or commands,
-        a case is not the same scan in all runs, or cases lack a method, or its Dice, that others
-        have: a mean over such rows would mislead.
+        preparations or manual classes, those of one method in one class of several networks,
+        iterations or commands, a case is not the same scan in all runs, or cases lack a method, or
+        its Dice, that others have: a mean over such rows would mislead.
     """
     cases: dict[tuple, dict[str, dict]] = {}
     every = [row for table in tables for row in table]
     for name, what in (("affine", "affines"), ("segmenter", "segmenters")):
         if len(kinds := {row[name] for row in every} - {""}) > 1:
             raise UsageError(f"the rows are of several {what}: {', '.join(sorted(kinds))}")
+    labels: dict[str, str] = {}
+    for row in _by_hand(every):
+        if labels.setdefault(row["person"], row["labels"]) != row["labels"]:
+            raise UsageError(f"the rows are of several files of manual classes of {row['person']}")
     images: dict[str, str] = {}
     for row in every:
         if images.setdefault(row["person"], row["image"]) != row["image"]:

@@ -12,14 +12,13 @@ from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 
-import nibabel as nb
 import numpy as np
 import torch
 from torch import Tensor
 
-from remix_bids.errors import RemixError
+from remix_bids.errors import RemixError, UsageError
 from remix_bids.evaluation.cases import Case, told_sizes
-from remix_bids.evaluation.external import run_command
+from remix_bids.evaluation.external import UNREADABLE, read_image, run_command
 from remix_bids.evaluation.methods import back_project, interpolate
 from remix_bids.evaluation.metrics import (
     correlation,
@@ -121,6 +120,8 @@ class TrueClasses:
     again : (x, y, z) array
         In the true image moved by half a voxel and back: the segmenter's own floor.
     manual : (x, y, z) array or None
+    digest : str
+        Of the file that they are of.
     """
 
     segment: Segmenter
@@ -130,6 +131,7 @@ class TrueClasses:
     labels: np.ndarray
     again: np.ndarray
     manual: np.ndarray | None
+    digest: str
 
     def compare(self, image: Tensor, inside: np.ndarray) -> dict[str, float | str]:
         """Dice of what is found in another image, inside a mask; '' without manual labels."""
@@ -140,6 +142,7 @@ class TrueClasses:
             "dice_floor": round(dice(self.again, self.labels, inside), 4),
             "dice_manual": manual,
             "segmenter": self.name,
+            "labels": self.digest,
         }
 
 
@@ -159,25 +162,26 @@ def _true_classes(person: Person, truth: Tensor, grid: Grid, settings: Settings)
         segment = atropos if command == ATROPOS else external(command, grid)
         labels = segment(image, mask, means)
         again = segment(moved_and_back(image, np.random.default_rng(0)), mask, means)
-        manual = manual_classes(settings.labels, person, grid) if settings.labels else None
+        file, digest = settings.manual_labels(person.name), settings.labels_digest(person.name)
+        manual = manual_classes(file, person, grid) if file else None
         name = settings.segmenter_name
-        _kept[person.name] = TrueClasses(segment, name, mask, means, labels, again, manual)
+        _kept[person.name] = TrueClasses(segment, name, mask, means, labels, again, manual, digest)
     return _kept[person.name]
 
 
-def manual_labels(folder: Path, person: Person) -> Path:
-    """Where BIDS derivatives hold the manual tissue classes of a person."""
-    name = f"sub-{person.name}"
-    return folder / name / "anat" / f"{name}_desc-tissues_dseg.nii.gz"
+def manual_classes(file: Path, person: Person, grid: Grid) -> np.ndarray:
+    """Manual tissue classes of a person on a template grid.
 
-
-def manual_classes(folder: Path, person: Person, grid: Grid) -> np.ndarray:
-    """Manual tissue classes of a person on a template grid."""
-    image = nb.load(manual_labels(folder, person))
-    labels = np.rint(np.asanyarray(image.dataobj)).astype(np.int16).reshape(image.shape[:3])
-    x, y, z = labels.shape
-    mapping = index_map(grid, Grid((x, y, z), image.affine), person.world)
-    return nearest(labels, mapping, grid.shape)
+    Raises
+    ------
+    UsageError
+        If the file cannot be read.
+    """
+    try:
+        labels, own = read_image(file, np.int16)
+    except UNREADABLE as error:
+        raise UsageError(f"--labels: {file} cannot be read: {error}") from error
+    return nearest(labels, index_map(grid, own, person.world), grid.shape)
 
 
 def run_case(case: Case, settings: Settings) -> list[dict]:
@@ -254,6 +258,7 @@ def _measure(
         "dice_floor": "",
         "dice_manual": "",
         "segmenter": "",
+        "labels": "",
     }
     if person.head:
         found["head_detail"] = round(detail_ratio(image, truth, outside), 4)

@@ -76,6 +76,18 @@ class Settings:
         name = ATROPOS if self.segmenter == ATROPOS else f"command {digest}"
         return f"{name}, revision {_DICE_REVISION}"
 
+    def manual_labels(self, person: str) -> Path | None:
+        """Where a person's manual tissue classes lie."""
+        if self.labels is None:
+            return None
+        name = f"sub-{person}"
+        return self.labels / name / "anat" / f"{name}_desc-tissues_dseg.nii.gz"
+
+    def labels_digest(self, person: str) -> str:
+        """Of a person's manual tissue classes, as it stands in the rows; '' without labels."""
+        file = self.manual_labels(person)
+        return "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+
     @cached_property
     def affine(self) -> str:
         """Which affine is used, as it stands in the rows; templates by their digest."""
