@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 from remix_bids import __version__
 from remix_bids.errors import UsageError
 
+LOGGER = logging.getLogger("remix_bids")
 NAME = "remix-bids"
 BIDS_VERSION = "1.10.0"
 IGNORED = ("**/figures", "**/log", "logs", "group_*", "*_xfm.*", "*_qc.json", "*.html")
@@ -69,6 +71,14 @@ def write_dataset_files(output_dir: Path, bids_dir: Path) -> None:
     output_dir, bids_dir : Path
         The results, and the dataset they come from (linked as ``raw``).
     """
+    path, link = output_dir / "dataset_description.json", bids_dir.resolve().as_uri()
+    earlier = (_read_json(path).get("DatasetLinks") or {}).get("raw", link)
+    if earlier != link:
+        LOGGER.warning(
+            "%s holds results of %s: if that is another dataset, stop and name another output "
+            "folder, for its participants may have the same labels",
+            *(output_dir, earlier),
+        )
     raw = _read_json(bids_dir / "dataset_description.json")
     maker: dict[str, Any] = {"Name": NAME, "Version": __version__, **_container()}
     description: dict[str, Any] = {
@@ -76,13 +86,13 @@ def write_dataset_files(output_dir: Path, bids_dir: Path) -> None:
         "BIDSVersion": BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [maker],
-        "DatasetLinks": {"raw": bids_dir.resolve().as_uri()},
+        "DatasetLinks": {"raw": link},
         "SourceDatasets": [_source(raw, bids_dir)],
     }
     if raw.get("License"):
         description["License"] = raw["License"]
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-    write_text(output_dir / "dataset_description.json", text)
+    write_text(path, text)
     _write_bidsignore(output_dir / ".bidsignore")
 
 

@@ -134,7 +134,8 @@ def geometries_from_records(path: Path) -> list[Geometry]:
         If the file is no such list.
     """
     try:
-        rows = [r for r in json.loads(Path(path).read_text()) if r["licence"] in OPEN_LICENCES]
+        every = json.loads(Path(path).read_text())
+        rows = [row for row in every if row["licence"] in OPEN_LICENCES]
         found = [
             Found(
                 _person(row),
@@ -157,6 +158,10 @@ def geometries_from_records(path: Path) -> list[Geometry]:
             f"{path} is not a list of header records ({type(error).__name__}: {error}); "
             "name such a file or a BIDS dataset"
         ) from error
+    if left_out := len(every) - len(rows):
+        LOGGER.warning("%s: %d records without an open licence are left out", path, left_out)
+    if not rows:
+        raise UsageError(f"{path} holds no record with an open licence; the bank would be empty")
     return as_bank(found, split_key=str)
 
 

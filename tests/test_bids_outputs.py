@@ -12,12 +12,14 @@ import sys
 import threading
 from pathlib import Path
 
+import ants
 import nibabel as nb
 import numpy as np
 import pytest
 from nipype.interfaces.base import Undefined
 from PIL import Image
 
+from remix_bids import __version__ as VERSION
 from remix_bids.config import RunConfig
 from remix_bids.derivatives import IGNORED, write_dataset_files, write_text
 from remix_bids.errors import GraphError, InputImageError
@@ -26,7 +28,8 @@ from remix_bids.interfaces.bids import DerivativesSink, Describe, check_t1w, is_
 from remix_bids.interfaces.reports import summary_html
 from remix_bids.naming import check_collisions, output_names, split_name
 from remix_bids.qc import mosaic
-from remix_bids.reports.individual import build_report, note_done, open_crash_files
+from remix_bids.reports import boilerplate, individual
+from remix_bids.reports.individual import build_report, note_done, note_run, open_crash_files
 from tests.bids_skeletons import GEOMETRY, save_image
 from tests.pages import write_subject
 
@@ -163,7 +166,14 @@ def test_good_images(tmp_path):
     moved[0, 3] = 30
     image.header.set_qform(moved, 1)
     nb.save(image, path)
-    assert "sform was used" in check_t1w(path)[0]
+    assert check_t1w(path) == ["Header: qform and sform disagree; the sform was used."]
+    # ANTs reads the same matrix as we do for the scanner's code only.
+    for code, said in ((1, False), (2, True), (4, True)):
+        image.header.set_sform(GEOMETRY, code)
+        nb.save(image, path)
+        assert ("ANTs and ITK-SNAP use the qform" in check_t1w(path)[0]) == said
+        origin = np.array(ants.image_read(str(path)).origin) * (-1, -1, 1)
+        assert np.allclose(origin, GEOMETRY[:3, 3], atol=1e-3) != said
     # Left and right changed about one origin: on a fine matrix no entry differs by a millimetre.
     fine = nb.Nifti1Image(np.indices((100, 100, 10))[0].astype(np.int16), None)
     fine.header.set_sform(np.diag([0.45, 0.45, 6, 1]), 1)
@@ -235,7 +245,7 @@ def test_dataset_files_name_the_container(tmp_path, monkeypatch, engine, kind):
 @pytest.mark.parametrize(
     "doi", ["doi:10.1234/x", "DOI: 10.1234/x", "https://www.doi.org/10.1234/x", "10.1234/x"]
 )
-def test_dataset_files(tmp_path, doi):
+def test_dataset_files(tmp_path, doi, caplog):
     bids, out = tmp_path / "my bids", tmp_path / "out"
     bids.mkdir()
     raw = {"Name": "Raw", "License": "CC0", "DatasetDOI": doi}
@@ -258,6 +268,9 @@ def test_dataset_files(tmp_path, doi):
     before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     write_dataset_files(out, bids)  # equal files are left alone
     assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    assert not caplog.text
+    write_dataset_files(out, tmp_path / "elsewhere")
+    assert "bids: if that is another dataset, stop" in caplog.text
 
 
 def test_writing_from_many_jobs(tmp_path):
@@ -424,6 +437,25 @@ def test_report_holds_all_scans_and_opens_no_connection(tmp_path):
     assert "http" not in everything
     assert "<script" not in everything
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
+
+
+def test_a_page_made_later_tells_what_the_run_was_made_with(tmp_path, monkeypatch):
+    write_example(tmp_path, tmp_path, "sub-01_T1w.nii.gz")
+    config = RunConfig(tmp_path / "bids", tmp_path)
+    for run in ("20260101", "20260102"):
+        about = {"Template": f"template of {run}"}
+        note_run(tmp_path / "sub-01/log" / run, config, about)
+    for module in (boilerplate, individual):
+        monkeypatch.setattr(module, "__version__", "99.9")
+    page = build_report(tmp_path, "01", "run", {"Page made": "today, by another"}).read_text()
+    assert f"<i>remix-bids</i> {VERSION}" in page
+    for row in (f"remix-bids</th><td>{VERSION}", "template of 20260102", "today, by another"):
+        assert row in page
+    (settings,) = re.findall(r"Settings</th><td>(.+?)</td>", page)
+    assert (tmp_path / settings).is_file()
+    (tmp_path / "sub-01/log/20260102/about.json").unlink()
+    (tmp_path / "sub-01/log/20260102/about.json").symlink_to("nowhere")
+    assert "template of 20260101" in build_report(tmp_path, "01", "run", {}).read_text()
 
 
 def test_report_shows_crashes_until_the_scan_has_come_through(tmp_path):

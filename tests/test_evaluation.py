@@ -667,12 +667,12 @@ def test_claims_of_dice_and_of_heads():
     # A floor below linear, or on it, closes nothing; nor does a gain that the segmenter may be off.
     for floor in (0.75, 0.8):
         lower = claims.claims([row | {"dice_floor": floor} for row in found])
-        text = "linear is at the floor; the gain is below twice the floor"
+        text = "linear is at the floor; the gain is below twice what the segmenter is off"
         assert held(lower, "class 4: Dice gap") == (text, False)
     little = {"linear": 0.8, SHIPS: 0.81}
     small = [row | {"dice": little.get(row["method"], row["dice"]), "dice_floor": 0.82}
              for row in found]  # fmt: skip
-    text = "50.00%; the gain is below twice the floor"
+    text = "50.00%; the gain is below twice what the segmenter is off"
     assert held(claims.claims(small), "class 4: Dice gap") == (text, False)
     for row in found[: len(METHODS)]:  # of one person, who has no Dice
         row |= {"dice": "", "dice_floor": "", "dice_manual": "", "head_detail": ""}

@@ -585,8 +585,18 @@ def test_export_goes_by_the_recipe_of_the_training(tmp_path, capsys):
     assert [experts[name].consistency_steps for name in ("1", "2", "7")] == [3, 0, 4]
     (out / "recipe.toml").write_text("[consistency]\nsteps = [3, 0, 4]\n")
     assert main(["export", str(out), str(tmp_path / "none")]) == 2
-    assert "steps of 3 experts" in capsys.readouterr().err
+    assert "name 7 whole numbers" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+    # What is there stays whole if one of the new ones is damaged.
+    before = {path: path.read_bytes() for path in (tmp_path / "experts").iterdir()}
+    for wrong in ("2", "[1, 1, 1, 1, 1, 1, -1]", '[1, 1, 1, 1, 1, 1, "1"]'):
+        (out / "recipe.toml").write_text(f"[consistency]\nsteps = {wrong}\n")
+        assert main(["export", str(out), str(tmp_path / "experts")]) == 2
+    (out / "recipe.toml").write_text("[consistency]\nsteps = [0, 0, 0, 0, 0, 0, 0]\n")
+    (out / "5/best.safetensors").write_bytes((out / "5/best.safetensors").read_bytes()[:500])
+    assert main(["export", str(out), str(tmp_path / "experts")]) == 78
+    assert "expert 5: " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "experts").iterdir()} == before
 
 
 def test_a_stage_begins_with_the_mean_of_several(prepared, tmp_path):
@@ -626,6 +636,7 @@ def test_what_training_lacks_is_told(prepared, tmp_path, capsys):
         ([str(out), str(out), *common], "there is no .*persons.json"),
         ([str(prepared), str(out), *common, "--bank", str(out / "b")], "there is no bank"),
         ([str(prepared), str(out), *common, "--bank", str(everybody)], "all of its persons"),
+        ([str(prepared), str(out), *common, "--bank", str(tmp_path / "recipe.toml")], "not a bank"),
     ):
         assert main(["train", *options]) == 2
         assert re.search(said, capsys.readouterr().err)
@@ -644,6 +655,14 @@ def test_a_mistake_in_a_recipe_is_told_and_not_copied(prepared, tmp_path, capsys
         (text.replace("cube = ", "cubes = "), r"\[data\] lacks cube"),
         (text + "\n[stages.6]\nsteps = 1\nstep = 2\n", "has no setting step; there are batch, "),
         (text + "\n[stages.mine]\nsteps = 1\n", "stage 'mine' lacks its classes"),
+        (text + '\n[stages.6]\nsteps = "1"\n', "stage '6': steps must be a whole number"),
+        (text + "\n[stages.6]\nsteps = 1\nvalidation_volumes = 0\n", "of at least 1, not 0"),
+        (text + "\n[stages.6]\nsteps = 1\nrate = nan\n", "rate must be a number"),
+        (text + "\n[stages.6]\nsteps = 1\nbatch = 9999\n", "batch is larger than"),
+        (text + "\n[stages.6]\nsteps = 1\nclasses = [1, 1]\n", "shares of classes 1 to 7"),
+        (text + f"\n[stages.6]\nsteps = 1\nclasses = {[0] * 7}\n", "shares of classes 1 to 7"),
+        (re.sub(r"(?m)^patch = .*", "patch = 9999", text), "larger than the cube"),
+        (re.sub(r"(?m)^patch = .*", "patch = 6", text), "patch must be a multiple of 4"),
     ):
         recipe.write_text(wrong)
         assert main(["train", str(prepared), str(out), "--recipe", str(recipe)]) == 2

@@ -170,7 +170,7 @@ def rebuild_reports(config: RunConfig) -> int:
         )
     if lacking:
         LOGGER.warning("no report: %s have not been run", ", ".join(f"sub-{x}" for x in lacking))
-    failed = build_reports(config, subjects, {})
+    failed = build_reports(config, subjects)
     print(f"{len(subjects) - len(failed)} done, {len(failed)} failed", flush=True)
     return 1 if failed else 0
 
@@ -321,6 +321,7 @@ def work(job: Job) -> Outcome:
 
     from remix_bids.derivatives import write_dataset_files, write_text
     from remix_bids.reports.boilerplate import write_boilerplate
+    from remix_bids.reports.individual import note_run
     from remix_bids.workflows.base import (
         ANY_ROOT,
         claim_work_dir,
@@ -340,8 +341,9 @@ def work(job: Job) -> Outcome:
         if job.complaints:
             log = config.output_dir / "logs" / f"bids-validator_{config.run_uuid}.txt"
             write_text(log, job.complaints + "\n")
+        about = {"Template": str(job.template.t1w), "Experts": str(job.experts_table.parent)}
         for subject in sorted({scan.subject for scan in job.scans}):
-            write_text(log_dir(config, subject) / "remix_bids.toml", config.to_toml())
+            note_run(log_dir(config, subject), config, about)
     except OSError as error:
         raise UsageError(f"cannot write: {error}") from error
     if config.write_graph:
@@ -385,19 +387,15 @@ def report(job: Job, outcome: Outcome) -> list[str]:
             note_done(log_dir(job.config, subject), done)
         except OSError as error:  # must not hide the result of the run
             LOGGER.error("sub-%s: cannot note what was done: %s", subject, error)
-    about = {
-        "Settings": f"log/{job.config.run_uuid}/remix_bids.toml",
-        "Template": str(job.template.t1w),
-        "Experts": str(job.experts_table.parent),
-    }
-    return build_reports(job.config, sorted({scan.subject for scan in job.scans}), about)
+    return build_reports(job.config, sorted({scan.subject for scan in job.scans}))
 
 
-def build_reports(config: RunConfig, subjects: Sequence[str], about: dict[str, str]) -> list[str]:
+def build_reports(config: RunConfig, subjects: Sequence[str]) -> list[str]:
     """Build the pages of subjects; return those that could not be built."""
     from remix_bids.reports.individual import build_report
 
-    about = {"Made": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **about}
+    now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    about = {"Page made": f"{now}, by remix-bids {__version__}"}
     failed = []
     for subject in subjects:
         try:

@@ -21,7 +21,7 @@ _TYPES: dict[Any, dict[str, Any]] = {
     options.existing_file: {"type": "File"},
     options._folder: {"type": "File"},
     options.positive: {"type": "Number", "integer": True, "minimum": 1},
-    options._seed: {"type": "Number", "integer": True, "minimum": 0, "maximum": 2**31 - 1},
+    options.seed: {"type": "Number", "integer": True, "minimum": 0, "maximum": 2**31 - 1},
     options._positive_number: {"type": "Number", "minimum": 0, "exclusive-minimum": True},
     options._megabytes: {"type": "Number", "minimum": 0, "exclusive-minimum": True},
 }

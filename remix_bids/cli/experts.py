@@ -21,7 +21,7 @@ from types import FrameType
 from typing import NoReturn
 
 from remix_bids import __version__, workers
-from remix_bids.cli.parser import existing_file, positive
+from remix_bids.cli.parser import device, existing_file, positive, seed
 from remix_bids.errors import MissingResourceError, RemixError, UsageError
 from remix_bids.toml_file import read_toml
 
@@ -33,7 +33,23 @@ def _rows(text: str) -> Path:
     path = Path(text)
     if path.suffix in (".md", ".svg"):
         raise argparse.ArgumentTypeError(f"{text}: rows are a .tsv, the tables come beside it")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a .tsv in it")
     return path
+
+
+def _noise(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on below 1, not {text!r}")
+    return value
+
+
+def _workers(text: str) -> int:
+    return 0 if text == "0" else positive(text)
 
 
 def _recipe(path: Path | None) -> Path:
@@ -44,12 +60,15 @@ def _coverage(table: Path) -> dict[str, bool]:
     """Who is skull-stripped, by the column ``coverage`` ('brain', 'head, ...') if there is one."""
     if not table.is_file():
         return {}
-    with table.open(newline="") as file:
-        return {
-            row["participant_id"].removeprefix("sub-"): row["coverage"].startswith("brain")
-            for row in csv.DictReader(file, delimiter="\t")
-            if row.get("coverage") not in (None, "", "n/a")
-        }
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            return {
+                row["participant_id"].removeprefix("sub-"): row["coverage"].startswith("brain")
+                for row in csv.DictReader(file, delimiter="\t")
+                if row.get("coverage") not in (None, "", "n/a")
+            }
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{table} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def harvest(args: argparse.Namespace) -> None:
@@ -57,6 +76,8 @@ def harvest(args: argparse.Namespace) -> None:
     from remix_bids.harvest import SUFFIXES, geometries_from_bids, geometries_from_records
     from remix_bids.simulation.acquisition import save_bank
 
+    if args.output.is_dir():
+        raise UsageError(f"{args.output} is a folder: name the bank to write, a file, last")
     if args.source.is_file():
         if args.derivatives or args.suffix or args.licence:
             raise UsageError(
@@ -247,8 +268,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if unknown := set(args.methods or ()) - set(ALL_METHODS):
         names = ", ".join(sorted(unknown))
         raise UsageError(f"--methods {names}: choose from {', '.join(map(quote, ALL_METHODS))}")
-    if args.methods and args.tune:
-        raise UsageError("--tune measures back-projection only: leave out --methods")
+    segmenter = args.segmenter_command or (ATROPOS if args.dice else None)
+    if (args.methods or segmenter) and args.tune:
+        raise UsageError("--tune measures PSNR of back-projection only: no --methods, no Dice")
     if args.tune and args.split == "held_out":
         raise UsageError("--tune: choices are made on other persons, add --split validation")
     protocol = _protocol(args.protocol)
@@ -287,7 +309,6 @@ def evaluate(args: argparse.Namespace) -> None:
     if not todo:
         raise UsageError("no person is fine enough for these classes: nothing to evaluate")
     mask = args.prepared / "strip_mask.npy"
-    segmenter = args.segmenter_command or (ATROPOS if args.dice else None)
     if args.labels and not segmenter:
         raise UsageError("--labels are compared with those of a segmenter: add --dice")
     if args.dice_scans > 1 and not segmenter:
@@ -418,7 +439,7 @@ def _add_experiment(p: argparse.ArgumentParser, persons: int | None) -> None:
         default=persons,
         help=f"only so many (default: {persons or 'all'})",
     )
-    p.add_argument("--noise", type=float, default=0.0, help="Rician; default: none")
+    p.add_argument("--noise", type=_noise, default=0.0, help="Rician, 0.02 for 2 %%; default: none")
     _add_origins(p)
 
 
@@ -454,13 +475,13 @@ def get_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("train", help=train.__doc__)
     p.add_argument("prepared", type=Path, help="folder that `prepare` wrote")
     p.add_argument("output", type=Path, help="one folder per stage; run again to go on")
-    p.add_argument("--recipe", type=Path, help="default: the shipped one")
+    p.add_argument("--recipe", type=Path, help="default: that in the output, or the shipped one")
     p.add_argument("--stage", action="append", help="only this stage (can be repeated)")
     p.add_argument("--bank", type=Path, help="acquisitions of `harvest`; default: the shipped ones")
-    p.add_argument("--device", default="cpu", help="cpu or cuda; several by torchrun")
+    p.add_argument("--device", type=device, default="cpu", help="cpu or cuda; several by torchrun")
     p.add_argument(
         "--workers",
-        type=int,
+        type=_workers,
         help="processes that simulate on CPUs; 0: on the device (default: 0 on a GPU, else 1)",
     )
     p.set_defaults(run=train)
@@ -468,7 +489,7 @@ def get_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("export", help=export.__doc__)
     p.add_argument("trained", type=Path, help="folder that `train` wrote")
     p.add_argument("output", type=Path)
-    p.add_argument("--recipe", type=Path, help="default: the shipped one")
+    p.add_argument("--recipe", type=Path, help="default: that of `trained`, or the shipped one")
     p.set_defaults(run=export)
 
     p = commands.add_parser("verify", help=verify.__doc__)
@@ -482,7 +503,7 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="held_out", choices=["held_out", "validation"])
     p.add_argument("--classes", type=int, nargs="+", default=CLASSES, choices=CLASSES)
     p.add_argument("--persons", type=positive, help="only so many")
-    p.add_argument("--noise", type=float, nargs="+", help="default: the protocol's levels")
+    p.add_argument("--noise", type=_noise, nargs="+", help="default: the protocol's levels")
     p.add_argument(
         "--geometries", type=positive, help="per person and class; default: the protocol's"
     )
@@ -564,7 +585,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("simulate", help=simulate.__doc__)
     p.add_argument("folder", type=Path, help="bids/ and truth/ are written into it")
-    p.add_argument("--seed", type=int, default=1, help="of the random affine (default: 1)")
+    p.add_argument("--seed", type=seed, default=1, help="of the random affine (default: 1)")
     p.set_defaults(run=simulate)
 
     p = commands.add_parser("compare", help=compare.__doc__)
@@ -596,6 +617,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # of `remix-experts ... | head`; what is left must not be flushed again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk, a folder where a file should be
+        print(f"remix-experts: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -66,7 +66,7 @@ def _megabytes(text: str) -> float:
     return _positive_number(text) / 1024
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
     if not text.isdigit() or not 0 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(
             f"must be a whole number from 0 to 2147483647, not {text!r}"
@@ -83,7 +83,7 @@ def _space(text: str) -> str:
     return name
 
 
-def _device(text: str) -> str:
+def device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
     return text
@@ -210,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--random-seed",
-        type=_seed,
+        type=seed,
         metavar="N",
         help=f"seed of the registration (default: {DEFAULT_SEED})",
     )
@@ -246,7 +246,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one heavy step at a time, and every step in a fresh process",
     )
-    means.add_argument("--device", type=_device, help="auto (default), cpu, cuda or cuda:N")
+    means.add_argument("--device", type=device, help="auto (default), cpu, cuda or cuda:N")
     means.add_argument(
         "--n-gpu-procs",
         type=positive,

@@ -149,7 +149,7 @@ def _of_dice(rows: Sequence[dict], lacking: dict[int, int]) -> Iterator[Claim]:
             counts = gain > 2 * (1 - floor)  # what the segmenter itself may be off
             text = f"class {k}: Dice gap from linear to the segmenter's floor closed by {least:.0%}"
             told = f"{gain / gap:.2%}" if gap > 0 else "linear is at the floor"
-            told += "" if counts else "; the gain is below twice the floor"
+            told += "" if counts else "; the gain is below twice what the segmenter is off"
             found = told, counts and gap > 0 and gain >= least * gap
             yield Claim(text, *_with_all(found, {k: lacking[k]}))
     if all(row["dice_manual"] not in (None, "") for row in rows):

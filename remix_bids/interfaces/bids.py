@@ -117,7 +117,13 @@ def _header_remarks(image: Any, affine: np.ndarray, sides: np.ndarray) -> list[s
                 "left and right cannot be known."
             )
         elif sform_code and qform_code and _apart(sform, qform, image.shape[:3]) > 1.0:
-            remarks.append("Header: qform and sform disagree; the sform was used.")
+            remark = "Header: qform and sform disagree; the sform was used."
+            if sform_code != 1:  # ITK takes it for the scanner's code only
+                remark += (
+                    " ANTs and ITK-SNAP use the qform of such a file: make them equal before the "
+                    "transforms are applied there."
+                )
+            remarks.append(remark)
         pixdim = np.asarray(header.get_zooms()[:3], dtype=float)
         if not np.allclose(pixdim, sides, rtol=0.02):
             remarks.append(

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -25,16 +25,14 @@ from nireports.assembler.report import Report, SubReport
 from remix_bids import __version__
 from remix_bids.config import RunConfig
 from remix_bids.derivatives import write_text
-from remix_bids.errors import RemixError
 from remix_bids.naming import join_name, split_name, workflow_name
 from remix_bids.reports.boilerplate import boilerplate_html
 
 LOGGER = logging.getLogger("remix_bids")
 TEMPLATE = "report.tpl"
 SPECIFICATION = "reports-spec.yml"
-DONE = "done.txt"
+DONE, METHODS, ABOUT = "done.txt", "methods.html", "about.json"
 """Beside the crash files of a run."""
-
 
 OUTDATED = (
     '<p class="failed">The latest run of this scan failed (see Errors). Where there are figures '
@@ -72,13 +70,13 @@ class IndividualReport(Report):
                         Fragment(contents, wanted["subtitle"], wanted.get("description", ""))
                     )
             self.sections.append(SubReport(label, reportlets=reportlets, title=escape(label)))
-        methods = _methods(subject_dir)
+        methods = _latest(subject_dir, METHODS)
         if methods:
             fragment = Fragment(methods)
             self.sections.append(SubReport("methods", reportlets=[fragment], title="Methods"))
         errors = _errors(subject_dir, scans)
         self.sections.append(SubReport("errors", reportlets=[Fragment(errors)], title="Errors"))
-        about = _about(metadata["about"])
+        about = _about(json.loads(_latest(subject_dir, ABOUT) or "{}") | metadata["about"])
         self.sections.append(SubReport("about", reportlets=[Fragment(about)], title="About"))
 
 
@@ -106,15 +104,30 @@ def _figure(path: Path, root: Path) -> str:
     )
 
 
-def _methods(subject_dir: Path) -> str:
-    """The methods text of the settings of the latest run."""
-    settings = sorted((subject_dir / "log").glob("*/remix_bids.toml"))
-    for path in reversed(settings):
-        try:
-            config = RunConfig.from_toml(path.read_text())
-        except (OSError, TypeError, RemixError):  # of another version, or cut short
-            continue
-        return boilerplate_html(config)
+def note_run(run_dir: Path, config: RunConfig, about: dict[str, str]) -> None:
+    """Write down settings and methods of a run: a page made later, by another version, tells them.
+
+    Parameters
+    ----------
+    about : dict of str
+        Shown at the end of the page.
+    """
+    settings = run_dir / "remix_bids.toml"
+    about = {
+        "remix-bids": __version__,
+        "Settings": settings.relative_to(config.output_dir).as_posix(),
+        **about,
+    }
+    write_text(settings, config.to_toml())
+    write_text(run_dir / METHODS, boilerplate_html(config))
+    write_text(run_dir / ABOUT, json.dumps(about, indent=2) + "\n")
+
+
+def _latest(subject_dir: Path, name: str) -> str:
+    """What the latest run has noted of which it can be read; '' if there is none."""
+    for path in sorted((subject_dir / "log").glob(f"*/{name}"), reverse=True):
+        with suppress(OSError):  # archived since
+            return path.read_text()
     return ""
 
 
@@ -199,7 +212,7 @@ def build_report(output_dir: Path, subject: str, run_uuid: str, about: dict[str,
         Label without ``sub-``.
     run_uuid : str
     about : dict of str
-        Shown at the end of the page.
+        Shown at the end of the page, after what the latest run has noted.
     """
     target = output_dir / f"sub-{subject}.html"
     subject_dir = output_dir / f"sub-{subject}"
@@ -214,7 +227,7 @@ def build_report(output_dir: Path, subject: str, run_uuid: str, about: dict[str,
                 bootstrap_file=str(specification),
                 out_filename=str(part),
                 reportlets_dir=str(subject_dir),
-                metadata={"about": {"remix-bids": __version__, **about}},
+                metadata={"about": about},
                 subject=subject,
             )
             report.generate_report()

@@ -186,7 +186,7 @@ def load_bank(path: Path | None = None) -> list[Geometry]:
     Raises
     ------
     UsageError
-        If there is no such file.
+        If there is no such file, or it is no bank.
     """
     if path is not None and not Path(path).is_file():
         raise UsageError(f"there is no bank {path}: remix-experts harvest writes one")
@@ -194,18 +194,23 @@ def load_bank(path: Path | None = None) -> list[Geometry]:
         text = resources.files("remix_bids.data").joinpath("acquisitions.json").read_text()
     else:
         text = Path(path).read_text()
-    rows = json.loads(text)["acquisitions"]
-    return [
-        Geometry(
-            **{
-                **row,
-                "shape": tuple(row["shape"]),
-                "affine": _as_tuples(row["affine"]),
-                "world": _as_tuples(row["world"]) if "world" in row else None,
-            }
-        )
-        for row in rows
-    ]
+    try:
+        return [
+            Geometry(
+                **{
+                    **row,
+                    "shape": tuple(row["shape"]),
+                    "affine": _as_tuples(row["affine"]),
+                    "world": _as_tuples(row["world"]) if "world" in row else None,
+                }
+            )
+            for row in json.loads(text)["acquisitions"]
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{path} is not a bank that remix-experts harvest has written "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 @lru_cache

@@ -14,7 +14,6 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from remix_bids.training.losses import RemixLoss
 from remix_bids.training.trainer import (
     CHECKPOINT,
     Schedule,
+    check_number,
     is_finished,
     read_metadata,
     train,
@@ -76,7 +76,44 @@ def read_recipe(path: Path, *sections: str) -> dict[str, Any]:
             raise UsageError(f"the recipe {path}: stage {stage!r} lacks its steps")
         if "classes" not in settings and stage not in EXPERTS:
             raise UsageError(f"the recipe {path}: stage {stage!r} lacks its classes")
+    try:
+        if "network" in sections and "data" in sections:
+            _check_values(recipe)
+    except ValueError as error:
+        raise UsageError(f"the recipe {path}: {error}") from None
     return recipe
+
+
+def _check_values(recipe: dict[str, Any]) -> None:
+    """Raise ValueError if patches, widths, classes or a schedule cannot be trained with."""
+    data = recipe["data"]
+    for name in ("patch", "cube", "patches_per_volume"):
+        check_number(f"[data] {name}", data[name], whole=True, least=1)
+    if data["patch"] > data["cube"]:
+        raise ValueError("[data] patch is larger than the cube that it is cut from")
+    for stage, settings in recipe.get("stages", {}).items():
+        try:
+            schedule = schedule_of(settings)
+            widths = settings.get("widths", recipe["network"]["widths"])
+            for width in widths:
+                check_number("a width", width, whole=True, least=1)
+            if data["patch"] % (least := 2 ** (len(widths) - 1)):
+                raise ValueError(f"[data] patch must be a multiple of {least}")
+            weights = class_weights(stage, settings, data["own_share"])
+            for weight in weights:
+                check_number("a class' share", weight)
+            if len(weights) != 7 or not sum(weights):
+                raise ValueError("classes are the shares of classes 1 to 7, not all of them 0")
+            patches = settings.get("patches_per_volume", data["patches_per_volume"])
+            if schedule.batch > patches * schedule.volumes_per_round:
+                raise ValueError("batch is larger than patches_per_volume x volumes_per_round")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"stage {stage!r}: {error}") from None
+
+
+def schedule_of(settings: dict[str, Any], **more: Any) -> Schedule:
+    """The schedule of a stage as a recipe has it."""
+    return Schedule(**{k: v for k, v in settings.items() if k not in NOT_OF_SCHEDULE}, **more)
 
 
 def _warn_if_unfinished(folder: Path) -> None:
@@ -267,8 +304,7 @@ def run_recipe(
     for stage, settings in stages.items():
         if only and stage not in only:
             continue
-        own = {k: v for k, v in settings.items() if k not in NOT_OF_SCHEDULE}
-        schedule = Schedule(workers=workers, **own)
+        schedule = schedule_of(settings, workers=workers)
         if is_finished(output / stage, schedule):
             continue
         weights = class_weights(stage, settings, data["own_share"])
@@ -331,29 +367,32 @@ def export_experts(trained: Path, output: Path, steps: Sequence[int] = (0,) * 7)
     Raises
     ------
     UsageError
-        If one of them has not been trained, or it is not told how many steps follow each; nothing
-        is written.
+        If one of them has not been trained, or it is not told how many steps follow each.
+    MissingResourceError
+        If the weights of one do not load. Nothing is written in either case.
     """
-    if len(steps) != len(EXPERTS):
-        raise UsageError(f"consistency steps of {len(steps)} experts: name those of {len(EXPERTS)}")
+    whole = isinstance(steps, Sequence) and all(type(n) is int and n >= 0 for n in steps)
+    if not whole or len(steps) != len(EXPERTS):
+        raise UsageError(
+            f"consistency steps {steps}: name {len(EXPERTS)} whole numbers, those of each expert"
+        )
     names = (*EXPERTS, GENERAL)
     if lacking := [n for n in names if not (trained / n / "best.safetensors").is_file()]:
         raise UsageError(f"{trained} lacks the stages {', '.join(lacking)}: train them first")
-    output.mkdir(parents=True, exist_ok=True)
     lines = ["# Written by `remix-experts export`; volumes in mm3.", ""]
+    files: dict[str, Path] = {}
     for name in names:
         source = trained / name / "best.safetensors"
         _warn_if_unfinished(trained / name)
         file = f"expert-{name}.safetensors" if name != GENERAL else "general.safetensors"
-        shutil.copyfile(source, output / file)  # readable by all, unlike what safetensors writes
-        with safe_open(str(source), framework="pt") as weights:
-            provenance = json.loads(weights.metadata()["provenance"])
+        files[file] = source
         low, high = (0.0, UNBOUNDED) if name == GENERAL else (int(name) - 0.5, int(name) + 0.5)
         # One millimetre in-plane is the finest that is simulated, so the spacing is the volume.
         seen = CLASS_RANGES[7 if name == GENERAL else int(name)][1]
         low, high = (0.0 if name == "1" else low), (UNBOUNDED if name == "7" else high)
-        digest = hashlib.sha256((output / file).read_bytes()).hexdigest()
-        network = load_expert(ExpertRecord(name, output / file, digest, low, high))
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        network = load_expert(ExpertRecord(name, source, digest, low, high))
+        provenance = read_metadata(source, "provenance")
         lines += [
             f"[expert.{name}]",
             f'file = "{file}"',
@@ -367,6 +406,9 @@ def export_experts(trained: Path, output: Path, steps: Sequence[int] = (0,) * 7)
             f"reference = {list(reference_output(network))}",
             "",
         ]
+    output.mkdir(parents=True, exist_ok=True)
+    for file, source in files.items():
+        shutil.copyfile(source, output / file)  # readable by all, unlike what safetensors writes
     table = output / "experts.toml"
     table.write_text("\n".join(lines))
     return table

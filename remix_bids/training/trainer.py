@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,14 @@ TYPICAL = 0.06
 """`residual_scale` of slices of 4 mm: a patch of such a scan has weight 1 in the loss."""
 
 
+def check_number(name: str, value: Any, *, whole: bool = False, least: float = 0) -> None:
+    """Raise ValueError where a recipe has something else than a number from ``least`` on."""
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < math.inf:
+        what = "whole number" if whole else "number"
+        raise ValueError(f"{name} must be a {what} of at least {least}, not {value!r}")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Hyper-parameters of one stage."""
@@ -55,6 +63,13 @@ class Schedule:
     checkpoint_every: int = 250  # steps; and after every validation
     validation_volumes: int = 12
     workers: int = 1  # processes that simulate while the network learns; 0: this one does
+
+    def __post_init__(self) -> None:
+        may_be_0 = ("steps", "warmup", "final", "decay", "rim", "workers")
+        for setting in fields(self):
+            least = int(setting.name not in may_be_0)
+            value, whole = getattr(self, setting.name), setting.type == "int"
+            check_number(setting.name, value, whole=whole, least=least if whole else 0)
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine to ``final`` of the peak."""
@@ -370,6 +385,11 @@ def train(
         def validate(rate: float, means: Sequence[float]) -> float:
             """One row of the log; the average is kept if it is the best so far."""
             gain = check(state.average)
+            if not math.isfinite(gain):
+                raise RemixError(
+                    f"{folder}: what is gained on validation volumes at step {state.step} is no "
+                    "finite number. Look for voxels that are no numbers"
+                )
             numbers = [f"{v:.5f}" for v in means]
             writer.writerow([state.step, f"{rate:.3g}", *numbers, f"{gain:.3f}"])
             file.flush()
@@ -408,10 +428,6 @@ def train(
             state.summed += 1
             bar.update()
             due = state.step % schedule.validate_every == 0 or state.step == schedule.steps
-            if due and team.LEADS:
-                gain = validate(rate, (state.sums / state.summed).tolist())
-                state.sums, state.summed = torch.zeros_like(state.sums), 0
-                bar.set_postfix(gain=f"{gain:.2f} dB")
             if team.LEADS and (due or state.step % schedule.checkpoint_every == 0):
                 if not all(p.isfinite().all() for p in state.network.parameters()):
                     raise RemixError(
@@ -419,6 +435,10 @@ def train(
                         "the last checkpoint is of before. Look for voxels that are no numbers, or "
                         "lower the rate"
                     )
+                if due:
+                    gain = validate(rate, (state.sums / state.summed).tolist())
+                    state.sums, state.summed = torch.zeros_like(state.sums), 0
+                    bar.set_postfix(gain=f"{gain:.2f} dB")
                 state.save(checkpoint)
         bar.close()
     team.wait()  # the next stage begins with what the first process has written
