@@ -182,7 +182,8 @@ def check(
     if not inside.any():
         raise ValueError("no voxel of the brain can be judged")
     noise = estimate_noise(native, inside, acquisition.grid) if noise is None else noise
-    chi2 = windowed_mean((residual / noise) ** 2, judged, acquisition.grid)
+    # The filter's running sums round to just below 0 beside what is 0.
+    chi2 = windowed_mean((residual / noise) ** 2, judged, acquisition.grid).clip(min=0)
     values = chi2[inside]
     acquired = native[inside].astype(np.float64)
     difference = residual[inside].astype(np.float64)
