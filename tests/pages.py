@@ -11,7 +11,7 @@ from remix_bids.config import RunConfig
 from remix_bids.interfaces.reports import consistency_html, quality_html, summary_html
 from remix_bids.naming import output_names
 from remix_bids.qc import mosaic
-from remix_bids.reports.individual import build_report
+from remix_bids.reports.individual import build_report, note_run
 
 MEASURES = ("sharpness", "anisotropy", "noise", "snr", "cnr", "brain_volume")
 
@@ -107,7 +107,5 @@ def write_subject(out: Path, subject: str, sources: list[str]) -> Path:
     for source in sources:
         write_figures(out, source)
     log = out / f"sub-{subject}" / "log" / "run"
-    log.mkdir(parents=True, exist_ok=True)
-    config = RunConfig(out / "bids", out, output_spaces=("MNI152Lin", "T1w"))
-    (log / "remix_bids.toml").write_text(config.to_toml())
+    note_run(log, RunConfig(out / "bids", out, output_spaces=("MNI152Lin", "T1w")), {})
     return build_report(out, subject, "run", {"Made": "today"})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from remix_bids.errors import RemixError, UsageError
+from remix_bids.errors import UsageError
 from remix_bids.evaluation import claims
 from remix_bids.evaluation.cases import (
     cases,
@@ -427,19 +427,6 @@ def test_a_file_of_rows_is_looked_at(tmp_path):
     for unreadable in (file, tmp_path):
         with pytest.raises(UsageError, match="cannot be read"):
             read_rows(unreadable)
-
-
-def test_what_a_file_held_stays_until_there_are_rows(tmp_path):
-    def broken():
-        yield []
-        raise RemixError("expert 4 is damaged")
-
-    file = tmp_path / "rows.tsv"
-    file.write_text("of before\n")
-    with pytest.raises(RemixError):
-        write_rows(file, broken())
-    assert file.read_text() == "of before\n"
-    assert [f.name for f in tmp_path.iterdir()] == ["rows.tsv"]
 
 
 def test_no_row_is_lost_by_resuming():

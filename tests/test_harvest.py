@@ -274,6 +274,11 @@ def test_nothing_to_harvest_is_told(tmp_path, capsys):
     (tmp_path / "records.json").write_text("{")
     assert main(["harvest", str(tmp_path / "records.json"), str(tmp_path / "bank.json")]) == 2
     assert "not a list of header records" in capsys.readouterr().err
+    (tmp_path / "records.json").write_text('[{"licence": "CC BY-NC"}]')
+    assert main(["harvest", str(tmp_path / "records.json"), str(tmp_path / "bank.json")]) == 2
+    assert "no record with an open licence" in capsys.readouterr().err
+    assert main(["harvest", str(root), str(tmp_path)]) == 2
+    assert "name the bank to write" in capsys.readouterr().err
     assert not (tmp_path / "bank.json").exists()
 
 

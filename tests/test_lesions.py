@@ -1,6 +1,7 @@
 """Lesions and gates by identities: what nothing is lost of is kept, what is known comes back."""
 
 import hashlib
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -326,7 +327,8 @@ def test_what_evaluate_and_table_refuse(prepared, tmp_path, capsys):
         main(["evaluate", str(folder), str(tmp_path / "table1.md")])
     assert refused.value.code == 2
     assert "rows are a .tsv" in capsys.readouterr().err
-    for wrong in (("--classes", "9"), ("--nprocs", "0"), ("--geometries", "-1")):
+    noise = [("--noise", value) for value in ("-0.02", "nan", "2", "none")]
+    for wrong in (("--classes", "9"), ("--nprocs", "0"), ("--geometries", "-1"), *noise):
         with pytest.raises(SystemExit) as refused:
             evaluate(*wrong)
         assert refused.value.code == 2
@@ -340,6 +342,7 @@ def test_what_evaluate_and_table_refuse(prepared, tmp_path, capsys):
     assert "name expert is taken" in evaluate(*named)
     assert "--noise 0.01: back-projection is not" in evaluate("--noise", "0.01", methods=())
     assert "add --split validation" in evaluate("--tune", methods=())
+    assert "no Dice" in evaluate("--tune", "--dice", methods=())
     own = tmp_path / "protocol.toml"
     assert "go together" in evaluate("--template", __file__)
     assert "No such file" in evaluate("--protocol", own)
@@ -349,26 +352,32 @@ def test_what_evaluate_and_table_refuse(prepared, tmp_path, capsys):
     assert "lacks revision, seed" in evaluate("--protocol", own)
     assert not (tmp_path / "rows.tsv").exists()
     (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t30\n")
-    assert "lacks person, image" in told("table", tmp_path / "t", tmp_path / "participants.tsv")
+    table = told("table", tmp_path / "t", tmp_path / "participants.tsv")
+    assert re.search(r"participants.tsv lacks affine, .* name another file", table)
     agreed = tmp_path / "agreed.json"
     coarse = [g for g in load_bank() if g.grid.voxel_sizes.min() >= 1]
     save_bank([replace(g, held_out=True) for g in coarse], agreed)
     gates = ("gates", folder, tmp_path / "gates.tsv", "--experts-dir", experts, "--bank", agreed)
     assert "both gates choose alike" in told(*gates)
     assert not (tmp_path / "gates.tsv").exists()
+    # An earlier result stays until the new one is whole.
+    (tmp_path / "gates.tsv").write_text("of before")
+    told(*gates)
+    assert (tmp_path / "gates.tsv").read_text() == "of before"
 
 
-def test_rows_that_were_there_stay_until_they_are_written_again(tmp_path):
+@pytest.mark.parametrize("go_on", [True, False])
+def test_rows_that_were_there_stay_until_they_are_written_again(tmp_path, go_on):
     rows = [{"person": "p", "psnr": "1"}]
     write_rows(tmp_path / "rows.tsv", [rows])
     before = (tmp_path / "rows.tsv").read_text()
 
     def killed():
+        yield []
         raise KeyboardInterrupt
-        yield
 
     with pytest.raises(KeyboardInterrupt):
-        write_rows(tmp_path / "rows.tsv", killed(), rows)
+        write_rows(tmp_path / "rows.tsv", killed(), rows if go_on else ())
     assert (tmp_path / "rows.tsv").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["rows.tsv"]
 

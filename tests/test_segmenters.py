@@ -73,7 +73,7 @@ def test_the_floor_counts_where_dice_does():
     again[:10] = np.where(truth[:10] == 2, 3, truth[:10])
     inside = truth > 0
     inside[:10] = False
-    person = TrueClasses(lambda *_: truth, "any", truth > 0, [], truth, again, None)
+    person = TrueClasses(lambda *_: truth, "any", truth > 0, [], truth, again, None, "")
     told = person.compare(torch.from_numpy(image), inside)
     assert told["dice"] == told["dice_floor"] == 1
     assert person.compare(torch.from_numpy(image), truth > 0)["dice_floor"] < 0.95
