@@ -49,7 +49,9 @@ def _noise(text: str) -> float:
 
 
 def _workers(text: str) -> int:
-    return 0 if text == "0" else positive(text)
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not {text!r}")
+    return int(text)
 
 
 def _recipe(path: Path | None) -> Path:
