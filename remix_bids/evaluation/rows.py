@@ -124,8 +124,8 @@ def finished(rows: Sequence[dict], cases: Sequence[Case], settings: Settings) ->
             f"the output holds Dice of another segmenter ({', '.join(sorted(segmenters))}); name "
             "another file, or remove this one"
         )
-    labels = {name: settings.labels_digest(name) for name in {r["person"] for r in _by_hand(rows)}}
-    if settings.labels and any(row["labels"] != labels[row["person"]] for row in _by_hand(rows)):
+    compared = {(row["person"], row["labels"]) for row in _by_hand(rows)}
+    if settings.labels and any(settings.labels_digest(name) != own for name, own in compared):
         raise UsageError(
             "the output holds Dice with other manual classes than those of --labels; name another "
             "file, or remove this one"

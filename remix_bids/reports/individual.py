@@ -124,7 +124,7 @@ def note_run(run_dir: Path, config: RunConfig, about: dict[str, str]) -> None:
 
 
 def _latest(subject_dir: Path, name: str) -> str:
-    """What the latest run has noted of which it can be read; '' if there is none."""
+    """What the latest run has noted, or the latest whose note can be read; '' if none."""
     for path in sorted((subject_dir / "log").glob(f"*/{name}"), reverse=True):
         with suppress(OSError):  # archived since
             return path.read_text()
