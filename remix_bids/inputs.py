@@ -317,7 +317,28 @@ def _translate(filters: dict[str, Any], layout: Any) -> dict[str, Any]:
             raise UsageError(
                 f"--bids-filter-file: {key} is {filters[key]!r}; only {fixed} can be worked on"
             )
-    return {key: translated(value) for key, value in filters.items()}
+    query = {key: translated(value) for key, value in filters.items()}
+    if query.get("regex_search"):
+        _check_patterns(query)
+    return query
+
+
+def _check_patterns(query: dict[str, Any]) -> None:
+    """PyBIDS would leave it to its database to complain.
+
+    Raises
+    ------
+    UsageError
+        A value is no regular expression.
+    """
+    for key, values in query.items():
+        for value in values if isinstance(values, list) else [values]:
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except re.error as error:
+                raise UsageError(
+                    f"--bids-filter-file: {key} {value!r} is no regular expression: {error}"
+                ) from None
 
 
 def _show(query: dict[str, Any]) -> str:

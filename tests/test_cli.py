@@ -330,8 +330,10 @@ def test_filters_that_are_lists(parse, tmp_path):
         assert sorted(found) == sorted([made[0], made[2]])
     assert len(names(config, {"acquisition": "*"})) == 2
     assert len(names(config, {"suffix": ["T1w"]})) == 3
-    with pytest.raises(UsageError, match="cannot be run"):
-        names(config, {"acquisition": "[", "regex_search": True})
+    for some in ("^a", "*"):
+        assert len(names(config, {"acquisition": some, "regex_search": True})) == 2
+    with pytest.raises(UsageError, match=r"acquisition '\[' is no regular expression"):
+        names(config, {"acquisition": ["ax", "["], "regex_search": True})
 
 
 def test_filter_file(parse, tmp_path):
