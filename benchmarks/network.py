@@ -16,11 +16,17 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from commit import commit
+
+if TYPE_CHECKING:
+    from remix_bids.experts.unet import ResidualUNet
 
 # The network of SynthSR (Iglesias et al. 2021): a U-Net with two convolutions of 3 x 3 x 3 on each
 # level, up and down, one channel in and out. Its tool runs it twice, on the image and on its mirror
@@ -72,23 +78,22 @@ def in_a_fresh_process(experts_dir: Path | None) -> dict[str, float]:
 
 
 def gigaflops(
-    widths: tuple[int, ...], inputs: int, shape: tuple[int, ...], *, image: bool = False
+    design: Callable[[], ResidualUNet], shape: tuple[int, ...], *, image: bool = False
 ) -> float:
     """Arithmetic of one pass, padded as inference pads; of all passes over an image, if asked."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from remix_bids.experts.inference import predict
-    from remix_bids.experts.unet import ResidualUNet
 
     with torch.device("meta"):
-        network = ResidualUNet(inputs, widths).eval()
+        network = design().eval()
         padded = [n + (-n) % network.multiple for n in shape]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             if image:
-                predict(network, torch.empty(inputs, *shape), torch.ones(4))
+                predict(network, torch.empty(network.inputs, *shape), torch.ones(4))
             else:
-                network(torch.empty(1, inputs, *padded), torch.ones(1, 4))
+                network(torch.empty(1, network.inputs, *padded), torch.ones(1, 4))
     return counter.get_total_flops() / 1e9
 
 
@@ -109,6 +114,7 @@ def table(experts_dir: Path | None) -> str:
 
     from remix_bids.experts.inference import load_expert
     from remix_bids.experts.registry import load_registry
+    from remix_bids.experts.unet import ResidualUNet
     from remix_bids.spatial import WORKING_GRID
 
     records = list(load_registry(experts_dir))
@@ -118,9 +124,10 @@ def table(experts_dir: Path | None) -> str:
         raise SystemExit(f"the experts are of several designs, one was expected: {designs}")
     inputs, widths = designs.pop()
     parameters = sum(p.numel() for p in networks["4"].parameters())
-    own = gigaflops(widths, inputs, WORKING_GRID.shape)
-    same = gigaflops(widths, inputs, SYNTHSR_GRID)
-    image = gigaflops(widths, inputs, SYNTHSR_GRID, image=True)
+    design = partial(ResidualUNet, inputs, widths)
+    own = gigaflops(design, WORKING_GRID.shape)
+    same = gigaflops(design, SYNTHSR_GRID)
+    image = gigaflops(design, SYNTHSR_GRID, image=True)
     weights = sum(record.path.stat().st_size for record in records) / 1e6
     grew = (memory["peak"] - memory["before"]) / 1e3
 

@@ -5,7 +5,8 @@
 ``PREPARED`` is a folder of ``remix-experts prepare``. Class 4 volumes of brains without
 augmentation, half of them noisy; the gain in PSNR over the linear estimate on thick slices and on
 nearly isotropic voxels of validation persons. So short a training from nothing tells little: other
-starts (``--seed``) may differ by more than the variants. It prints a Markdown table.
+starts (``--seed``) may differ by more than the variants. Arithmetic is that of one pass beside one
+of SynthSR's network, as in `network.py`. It prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from network import SYNTHSR_GRID, gigaflops, synthsr
 
 from remix_bids.experts import unet
 from remix_bids.simulation.acquisition import geometries
@@ -79,20 +81,17 @@ class Unscaled(unet.ResidualUNet):
 
 
 VARIANTS = {
-    "narrow: 32, 64, 128": (unet.ResidualUNet, 1e-3),
-    "narrow, rate 5e-4": (unet.ResidualUNet, 5e-4),
-    "as shipped: 32, 80, 192": (partial(unet.ResidualUNet, widths=(32, 80, 192)), 1e-3),
-    "wide at the top: 48, 96, 128": (partial(unet.ResidualUNet, widths=(48, 96, 128)), 1e-3),
-    "deeper: 32, 64, 128, 128": (partial(unet.ResidualUNet, widths=(32, 64, 128, 128)), 1e-3),
-    "as shipped, rate 5e-4": (partial(unet.ResidualUNet, widths=(32, 80, 192)), 5e-4),
-    "wide at the top, rate 5e-4": (partial(unet.ResidualUNet, widths=(48, 96, 128)), 5e-4),
-    "deeper, rate 5e-4": (partial(unet.ResidualUNet, widths=(32, 64, 128, 128)), 5e-4),
-    "stem of strided convolutions": (Strided, 1e-3),
-    "without slice phases": (Phaseless, 1e-3),
-    "without the rest of the estimate": (Alone, 1e-3),
-    "not told the voxel sizes": (Blind, 1e-3),
-    "not told the noise": (Deaf, 1e-3),
-    "residual not scaled, rate 5e-4": (Unscaled, 5e-4),
+    "narrow: 32, 64, 128": (unet.ResidualUNet, 5e-4),
+    "narrow, rate 1e-3": (unet.ResidualUNet, 1e-3),
+    "as shipped: 32, 80, 192": (partial(unet.ResidualUNet, widths=(32, 80, 192)), 5e-4),
+    "wide at the top: 48, 96, 128": (partial(unet.ResidualUNet, widths=(48, 96, 128)), 5e-4),
+    "deeper: 32, 64, 128, 128": (partial(unet.ResidualUNet, widths=(32, 64, 128, 128)), 5e-4),
+    "stem of strided convolutions": (Strided, 5e-4),
+    "without slice phases": (Phaseless, 5e-4),
+    "without the rest of the estimate": (Alone, 5e-4),
+    "not told the voxel sizes": (Blind, 5e-4),
+    "not told the noise": (Deaf, 5e-4),
+    "residual not scaled": (Unscaled, 5e-4),
 }
 
 
@@ -172,15 +171,20 @@ def main() -> None:
     pairs = [simulator("validation", 2033).pair(i)[0] for i in range(8)]
     thick = [p for p in pairs if p.scan[:3].max() > 3]
     other = [p for p in pairs if p.scan[:3].max() <= 3]
-    print(f"| variant, {given.steps} steps | thick slices ({len(thick)}) | others ({len(other)}) |")
-    print("| --- | --- | --- |")
+    print(
+        f"| variant, {given.steps} steps | thick slices ({len(thick)}) | others ({len(other)}) | "
+        "arithmetic |"
+    )
+    print("| --- | --- | --- | --- |")
+    _, theirs = synthsr()
     for name in given.only:
         kind, rate = VARIANTS[name]
         torch.manual_seed(given.seed)
         network = kind()
         train(network, rate, pool, given.steps, RemixLoss(FACTORS))
         means = [np.mean([gain(network, p) for p in group]) for group in (thick, other)]
-        print(f"| {name} | {means[0]:+.2f} | {means[1]:+.2f} |", flush=True)
+        share = gigaflops(kind, SYNTHSR_GRID) / theirs
+        print(f"| {name} | {means[0]:+.2f} | {means[1]:+.2f} | {share:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 import math
 import runpy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from remix_bids.experts.unet import ResidualUNet
 
 SCRIPTS = [
     path
@@ -49,6 +52,7 @@ def test_an_expert_counted_by_hand(network):
     adds += 27 * quarter * (a * b + b * b + 2 * b * b + b * b) + quarter * a * b
     adds += 27 * eighth * (b * c + c * c) + eighth * b * c
     adds += 4 * 32 + 32 * 2 * (a + b + c + b + a)  # what the scan's numbers change
-    assert network.gigaflops((a, b, c), inputs, (20, 30, 16)) == pytest.approx(2 * adds / 1e9)
-    image = network.gigaflops((a, b, c), inputs, (20, 30, 16), image=True)
+    design = partial(ResidualUNet, inputs, (a, b, c))
+    assert network.gigaflops(design, (20, 30, 16)) == pytest.approx(2 * adds / 1e9)
+    image = network.gigaflops(design, (20, 30, 16), image=True)
     assert image == pytest.approx(2 * 2 * adds / 1e9)  # two passes
