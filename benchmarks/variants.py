@@ -1,6 +1,6 @@
 """What the network sees, how it is built and how it learns: short trainings on the same patches.
 
-    python benchmarks/variants.py PREPARED --steps 150
+    python benchmarks/variants.py PREPARED --steps 400 --volumes 48
 
 ``PREPARED`` is a folder of ``remix-experts prepare``. Class 4 volumes of brains without
 augmentation, half of them noisy; the gain in PSNR over the linear estimate on thick slices and on
