@@ -333,8 +333,10 @@ def _check_patterns(query: dict[str, Any]) -> None:
     """
     for key, values in query.items():
         for value in values if isinstance(values, list) else [values]:
+            if not isinstance(value, str):
+                continue
             try:
-                re.compile(value if isinstance(value, str) else "")
+                re.compile(value)
             except re.error as error:
                 raise UsageError(
                     f"--bids-filter-file: {key} {value!r} is no regular expression: {error}"
